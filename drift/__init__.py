@@ -1,0 +1,29 @@
+"""Instruments that show what fine-tuning does inside a model, for any training loop.
+
+Attach :func:`record` to a loop, or :class:`DriftCallback` to a Trainer, and give it probes; or call the pure functions on
+tensors. Imports torch, numpy, safetensors and pyarrow only; transformers is needed by :class:`DriftCallback` alone.
+"""
+
+from typing import Any
+
+from drift.alignment import AlignmentProbe, GradientGram, gradient_gram
+from drift.divergence import DivergenceProbe, RowDivergences, TokenDivergences, token_divergences
+from drift.lowrank import lora_norm, lora_spectrum
+from drift.recorder import Probe, Recorder, record
+from drift.style import STYLE_FEATURES, StyleProbe, style_distance, style_features
+from drift.table import Row, read_table
+from drift.weights import ParameterDrift, Reference, parameter_drift
+
+__all__ = [
+    "STYLE_FEATURES", "AlignmentProbe", "DivergenceProbe", "DriftCallback", "GradientGram", "ParameterDrift", "Probe",
+    "Recorder", "Reference", "Row", "RowDivergences", "StyleProbe", "TokenDivergences", "gradient_gram", "lora_norm",
+    "lora_spectrum", "parameter_drift", "read_table", "record", "style_distance", "style_features", "token_divergences",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "DriftCallback":  # its base class lives in transformers, which is slow to import
+        from drift.callback import DriftCallback
+
+        return DriftCallback
+    raise AttributeError(f"module 'drift' has no attribute {name!r}")

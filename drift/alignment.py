@@ -1,0 +1,279 @@
+r"""Gradient alignment between sources of data, layer by layer, from the Gram matrix of the rows' gradients.
+
+Row *i* of a batch has the loss :math:`L_i=\sum_t -\log p_\theta(y_{i,t}\mid\cdot)` (a sum over its counted tokens: a mean would
+break the score identity) and the gradient :math:`g_i=\nabla_\theta L_i`. All that alignment needs is
+:math:`K_{ij}=\langle g_i, g_j\rangle`, one R x R matrix a parameter: from it follow, without bias, inner products of expected gradients,
+their norms and their coherence, each with a standard error over rows.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from drift.divergence import IGNORE, Batch, Forward, logits_of
+from drift.factors import Capture
+from drift.modes import measuring
+from drift.names import layer_index, parameters
+from drift.table import Row
+from drift.weights import Reference, squared_norm
+
+Gram = NDArray[np.float64]
+Rows = Sequence[int]
+
+
+# --- estimators on a Gram matrix ------------------------------------------------------------------------------
+
+
+def mean_inner(gram: Gram, a: Rows, b: Rows) -> float:
+    r"""Inner product of expected gradients :math:`\langle\mathbb E g_a,\mathbb E g_b\rangle` of the sources that rows ``a``, ``b`` came from.
+
+    Different sources: :math:`\frac{1}{|a||b|}\sum_{i\in a,j\in b}K_{ij}`. The same rows twice: the U-statistic
+    :math:`\frac{1}{n(n-1)}\sum_{i\ne j}K_{ij}`, an estimate of :math:`\lVert\mathbb E g\rVert^2` that, unlike the squared norm of the mean
+    gradient, carries no noise term :math:`\operatorname{tr}\Sigma/n`; it can be negative. Both are unbiased for rows drawn
+    independently. nan for fewer than two rows of one source.
+
+    >>> gram = np.array([[1.0, 0.5], [0.5, 4.0]])
+    >>> mean_inner(gram, [0, 1], [0, 1]), mean_inner(gram, [0], [1])
+    (0.5, 0.5)
+    """
+    block = gram[np.ix_(a, b)]
+    if list(a) != list(b):
+        if set(a) & set(b):
+            raise ValueError(f"a and b must be the same rows or share none; they share {sorted(set(a) & set(b))}")
+        return float(block.mean())
+    n = len(a)
+    return float((block.sum() - np.trace(block)) / (n * (n - 1))) if n > 1 else math.nan
+
+
+def cosine(gram: Gram, a: Rows, b: Rows) -> float:
+    r"""Cosine between expected gradients, corrected for sampling noise.
+
+    :math:`\langle\mathbb E g_a,\mathbb E g_b\rangle/\sqrt{\lVert\mathbb E g_a\rVert^2\lVert\mathbb E g_b\rVert^2}` with every factor from
+    :func:`mean_inner`. A ratio of unbiased estimates: consistent, not unbiased, and not confined to [-1, 1]. nan where an
+    estimated squared norm is not positive, i.e. where a mean gradient can't be told from noise (at θ₀ that is what
+    self-data should show).
+
+    >>> cosine(np.array([[2.0, 1.0, 1.0], [1.0, 2.0, 1.0], [1.0, 1.0, 9.0]]), [0, 1], [0, 1])
+    1.0
+    """
+    norms = mean_inner(gram, a, a) * mean_inner(gram, b, b)
+    if not (mean_inner(gram, a, a) > 0 and mean_inner(gram, b, b) > 0):
+        return math.nan
+    return mean_inner(gram, a, b) / math.sqrt(norms)
+
+
+def raw_cosine(gram: Gram, a: Rows, b: Rows) -> float:
+    r"""Cosine between the two *mean gradients at hand*, noise included: what training on these rows would see.
+
+    Shrinks towards 0 as rows get fewer or noisier, so it compares only between equal batches.
+
+    >>> round(raw_cosine(np.array([[1.0, 0.5], [0.5, 4.0]]), [0], [1]), 6)
+    0.25
+    """
+    ab, aa, bb = (gram[np.ix_(x, y)].mean() for x, y in ((a, b), (a, a), (b, b)))
+    return float(ab / math.sqrt(aa * bb)) if aa > 0 and bb > 0 else math.nan
+
+
+def coherence(gram: Gram, rows: Rows) -> float:
+    r"""How much the rows' gradients agree: :math:`\lVert\mathbb E g\rVert^2/\mathbb E\lVert g\rVert^2`, 1 if all are equal, 0 if they cancel.
+
+    Numerator (U-statistic) and denominator are unbiased; their ratio is consistent.
+
+    >>> coherence(np.array([[2.0, 1.0], [1.0, 2.0]]), [0, 1])
+    0.5
+    """
+    power = float(np.mean(np.diag(gram)[list(rows)]))
+    return mean_inner(gram, rows, rows) / power if power > 0 else math.nan
+
+
+def jackknife(statistic: Callable[[list[list[int]]], float], groups: Sequence[Rows]) -> float:
+    r"""Standard error of a statistic of independent groups of rows, leaving out one row at a time.
+
+    ``statistic`` takes the groups' row lists. :math:`\mathrm{se}^2=\sum_g\frac{n_g-1}{n_g}\sum_{i\in g}(\theta_{(-i)}-\bar\theta_g)^2`. Exact for means;
+    first-order right for smooth functions of means such as cosines. nan with fewer than three rows in a group.
+
+    >>> x = np.array([1.0, 2.0, 6.0])
+    >>> round(jackknife(lambda g: float(x[g[0]].mean()), [[0, 1, 2]]), 6), round(float(x.std(ddof=1)) / 3**0.5, 6)
+    (1.527525, 1.527525)
+    """
+    variance = 0.0
+    for g, rows in enumerate(groups):
+        n = len(rows)
+        if n < 3:
+            return math.nan
+        left_out = np.array([statistic([[r for r in other if not (h == g and r == row)] for h, other in enumerate(groups)])
+                             for row in rows])
+        variance += (n - 1) / n * float(((left_out - left_out.mean()) ** 2).sum())
+    return math.sqrt(variance)
+
+
+# --- Gram matrices of a model's gradients -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class GradientGram:
+    """Gram matrices [R, R] of the rows' gradients, one a parameter (float64, in squared units of the loss's gradient).
+
+    ``coverage``: share of the trainable parameters (by count of numbers) that ``per_parameter`` covers. ``missing``: the names
+    of the others.
+    """
+
+    per_parameter: Mapping[str, Gram]
+    coverage: float
+    missing: tuple[str, ...]
+
+    def total(self) -> Gram:
+        """The Gram matrix over all covered parameters together."""
+        return sum(self.per_parameter.values())
+
+    def by_layer(self) -> dict[int | None, Gram]:
+        """Gram matrices summed over each block's parameters; None stands for what lies outside the blocks."""
+        layers: dict[int | None, Gram] = {}
+        for name, gram in self.per_parameter.items():
+            layer = layer_index(name)
+            layers[layer] = layers[layer] + gram if layer in layers else gram
+        return dict(sorted(layers.items(), key=lambda item: (item[0] is None, item[0] or 0)))
+
+
+def gradient_gram(model: nn.Module, batch: Batch, *, forward: Forward = logits_of, rows: Tensor | None = None,
+                  verify: bool = False) -> GradientGram:
+    r"""Gram matrices of the rows' gradients, in one forward and one backward pass over the joint batch.
+
+    ``batch``: ``input_ids``, ``labels`` [B, T] (not shifted, -100 not counted), ``attention_mask`` and what else ``forward`` takes.
+    ``rows`` [B, T] int64 says which row each token belongs to (packed batches; rows must not attend to each other); by
+    default every batch entry is a row.
+
+    For a linear layer with inputs :math:`a_t` and output gradients :math:`e_t` a row's gradient is :math:`\sum_{t\in i}e_ta_t^\top`, so
+    :math:`K_{ij}=\sum_{t\in i,u\in j}(e_t^\top e_u)(a_t^\top a_u)`: no per-row gradient is needed. Where forming those of one
+    layer is cheaper (many tokens, few rows), that is done instead. Covers Linear, Embedding, transformers' Conv1D, LayerNorm and
+    RMSNorm, tied and reused weights included, LoRA factors as the linear layers they are; what is left is listed in ``missing``.
+
+    The model is put in eval mode (no dropout, no activation checkpointing) meanwhile; ``.grad`` is untouched. Products run in
+    float32 (float64 models: float64), sums over parameters in float64. Memory: inputs and output gradients of every covered
+    layer. Cost: a forward, a backward without weight gradients, and about one weight-gradient pass of products.
+
+    ``verify=True`` also computes the ordinary gradient and raises ``RuntimeError`` where its squared norm differs from
+    :math:`\sum_{ij}K_{ij}` by more than 1 %: a weight used outside its module's forward would show there.
+    """
+    if rows is None:
+        rows = torch.arange(len(batch["labels"])).unsqueeze(1).expand(batch["labels"].shape)
+    trainable = {name: p for name, p in parameters(model).items() if p.requires_grad}
+    if not trainable:
+        raise ValueError("the model has no trainable parameter, so there is no gradient; set requires_grad on some")
+    device = next(iter(trainable.values())).device
+    batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    with measuring(model), torch.enable_grad():
+        with Capture(model, rows.to(device)) as capture:
+            loss = _summed_loss(forward(model, batch), batch["labels"])
+            grams = capture.grams(loss)
+        if verify:
+            _verify(trainable, grams, _summed_loss(forward(model, batch), batch["labels"]))
+    missing = tuple(name for name in trainable if name not in grams)
+    covered = sum(p.numel() for name, p in trainable.items() if name in grams)
+    return GradientGram(grams, covered / sum(p.numel() for p in trainable.values()), missing)
+
+
+def _summed_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    counted = labels[:, 1:] != IGNORE
+    kept = logits[:, :-1][counted]
+    kept = kept if kept.dtype == torch.float64 else kept.float()
+    return nn.functional.cross_entropy(kept, labels[:, 1:][counted], reduction="sum")
+
+
+def _verify(trainable: Mapping[str, nn.Parameter], grams: Mapping[str, Gram], loss: Tensor) -> None:
+    covered = {n: p for n, p in trainable.items() if n in grams}
+    gradients = torch.autograd.grad(loss, list(covered.values()), allow_unused=True)
+    true = {n: 0.0 if g is None else float(squared_norm(g)) for n, g in zip(covered, gradients, strict=True)}
+    scale = max(true.values(), default=0.0)
+    for name, expected in true.items():
+        got = float(grams[name].sum())
+        if abs(got - expected) > 0.01 * expected + 1e-6 * scale:
+            raise RuntimeError(f"the gradient of {name} has squared norm {expected:.6g}, but its layer's inputs and outputs give "
+                               f"{got:.6g}: the weight is used outside its module's forward (a fused or functional "
+                               "operation), so its alignment can't be read there")
+
+
+def join_batches(batches: Sequence[Batch]) -> dict[str, Tensor]:
+    """Batches of rows as one, padded on the right to the longest; what is not a [B, T] tensor is left behind.
+
+    >>> one = {"input_ids": torch.ones(1, 2, dtype=torch.long), "labels": torch.ones(1, 2, dtype=torch.long)}
+    >>> two = {"input_ids": torch.ones(2, 3, dtype=torch.long), "labels": torch.ones(2, 3, dtype=torch.long)}
+    >>> joined = join_batches([one, two])
+    >>> joined["labels"].tolist(), joined["attention_mask"].tolist()
+    ([[1, 1, -100], [1, 1, 1], [1, 1, 1]], [[1, 1, 0], [1, 1, 1], [1, 1, 1]])
+    """
+    full = [{"attention_mask": torch.ones_like(b["input_ids"]), **b} for b in batches]
+    width = max(b["input_ids"].shape[1] for b in full)
+    names = [k for k in full[0] if all(isinstance(b.get(k), Tensor) and b[k].shape == b["input_ids"].shape for b in full)]
+    return {name: torch.cat([nn.functional.pad(b[name], (0, width - b[name].shape[1]), value=IGNORE if name == "labels" else 0)
+                             for b in full]) for name in names}
+
+
+class AlignmentProbe:
+    """Alignment of two or more sources' gradients on fixed rows, per block and for the whole model.
+
+    ``sources``: name → batches; the first names come first in every pair. Rows of the table, with jackknife standard errors
+    over rows, ``source`` naming a source or a pair such as ``task|self``:
+
+    ``align/inner``, ``align/cos`` (corrected for noise), ``align/raw_cos`` for every pair; ``grad/norm2`` (unbiased squared norm of
+    the expected gradient) and ``grad/coherence`` for every source. See the functions of this module for what each estimates.
+    """
+
+    def __init__(self, name: str, sources: Mapping[str, Sequence[Batch]], *, forward: Forward = logits_of,
+                 every: Callable[[int], bool] | int | None = None) -> None:
+        if len(sources) < 2 or not all(sources.values()):
+            raise ValueError(f"probe {name!r}: sources must name at least two sources with batches, got "
+                             f"{ {k: len(v) for k, v in sources.items()} }")
+        self.name, self.forward, self.every = name, forward, every
+        self.batch = join_batches([b for batches in sources.values() for b in batches])
+        self.rows_of: dict[str, list[int]] = {}
+        start = 0
+        for source, batches in sources.items():
+            n = sum(len(b["labels"]) for b in batches)
+            self.rows_of[source] = list(range(start, start + n))
+            start += n
+        self.coverage: dict[str, Any] = {}
+        self._verified = False
+
+    def prepare(self, model: nn.Module, reference: Reference) -> None:
+        """Check once, against the ordinary gradient, that the model's layers are covered rightly."""
+        if not self._verified:
+            gram = gradient_gram(model, self.batch, forward=self.forward, verify=True)
+            self.coverage = {"covered": gram.coverage, "missing": list(gram.missing)}
+            self._verified = True
+
+    def gram(self, model: nn.Module) -> GradientGram:
+        """The Gram matrices now; ``rows_of`` says which rows are whose."""
+        return gradient_gram(model, self.batch, forward=self.forward)
+
+    def rows(self, model: nn.Module, step: int) -> list[Row]:
+        """Table rows, whole model first."""
+        gram = self.gram(model)
+        tokens = (self.batch["labels"][:, 1:] != IGNORE).sum(1)
+        rows: list[Row] = []
+        for layer, matrix in [("model", gram.total()), *gram.by_layer().items()]:
+            if layer is None:  # embeddings, final norm and head are no block; they are part of the whole
+                continue
+            for metric, source, groups, statistic in self._statistics(matrix):
+                rows.append(Row(step=step, metric=metric, layer=None if layer == "model" else layer, source=source,
+                                value=statistic([list(g) for g in groups]), stderr=jackknife(statistic, groups),
+                                n_tokens=int(tokens[[r for g in groups for r in g]].sum())))
+        return rows
+
+    def _statistics(self, gram: Gram):
+        names = list(self.rows_of)
+        for name in names:
+            groups = [self.rows_of[name]]
+            yield "grad/norm2", name, groups, lambda g: mean_inner(gram, g[0], g[0])
+            yield "grad/coherence", name, groups, lambda g: coherence(gram, g[0])
+        for k, a in enumerate(names):
+            for b in names[k + 1 :]:
+                groups = [self.rows_of[a], self.rows_of[b]]
+                for metric, function in (("inner", mean_inner), ("cos", cosine), ("raw_cos", raw_cosine)):
+                    yield f"align/{metric}", f"{a}|{b}", groups, lambda g, f=function: f(gram, g[0], g[1])

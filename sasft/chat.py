@@ -1,0 +1,283 @@
+"""Chat templates turned into token ids, and the loss mask that goes with them.
+
+The tokenizer's own template is the only source of truth: what opens a turn, what ends it and what the
+default system prompt says are read off its renderings, never assumed.
+"""
+
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import jinja2
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from sasft.errors import UsageError
+
+IGNORE = -100
+"""The label of a token that is not in the loss, as in torch and transformers."""
+
+Messages = Sequence[Mapping[str, str]]
+
+# Rendered in place of a turn to see what the template puts around it.
+_PROBE = "A turn to look for"
+_DIM, _BRIGHT, _RESET = "\x1b[2m", "\x1b[1;32m", "\x1b[0m"
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One row as token ids: ``labels`` equal ``input_ids`` where the token is in the loss, else -100.
+
+    ``finished``: the last token in the loss is the end-of-turn token. A response that a length cap has
+    cut has none, so the model is not taught to stop there.
+
+    Raises :class:`UsageError` if no token is in the loss, or if a label is another token's.
+
+    >>> row = Encoded((5, 6, 7, 2), (-100, -100, 7, 2))
+    >>> row.start, row.loss_tokens, row.response_ids
+    (2, 2, (7,))
+    """
+
+    input_ids: tuple[int, ...]
+    labels: tuple[int, ...]
+    finished: bool = True
+
+    def __post_init__(self) -> None:
+        if len(self.labels) != len(self.input_ids):
+            raise UsageError(f"labels must be as long as input_ids, got {len(self.labels)} labels for "
+                             f"{len(self.input_ids)} tokens")
+        if all(label == IGNORE for label in self.labels):
+            raise UsageError("the mask hides every token, so there is nothing to learn from; "
+                             "give the row a response")
+        pairs = zip(self.input_ids, self.labels, strict=True)
+        if any(label not in (IGNORE, token) for token, label in pairs):
+            raise UsageError(f"a label must be its own token or {IGNORE} (labels are not shifted here)")
+
+    @classmethod
+    def text(cls, ids: Sequence[int]) -> "Encoded":
+        """Plain text without a prompt: every token but the first, which nothing predicts, is scored.
+
+        >>> Encoded.text([5, 6, 7]).labels
+        (-100, 6, 7)
+        """
+        return cls(tuple(ids), (IGNORE, *ids[1:]), finished=False)
+
+    @property
+    def start(self) -> int:
+        """Position of the first token in the loss."""
+        return next(i for i, label in enumerate(self.labels) if label != IGNORE)
+
+    @property
+    def loss_tokens(self) -> int:
+        """How many tokens are in the loss."""
+        return sum(label != IGNORE for label in self.labels)
+
+    @property
+    def response_ids(self) -> tuple[int, ...]:
+        """The response's tokens, without the end-of-turn token."""
+        ids = tuple(label for label in self.labels if label != IGNORE)
+        return ids[:-1] if self.finished else ids
+
+    def with_response(self, ids: Sequence[int]) -> "Encoded":
+        """The same prompt with other response tokens; a finished row keeps its end-of-turn token.
+
+        >>> Encoded((5, 6, 7, 2), (-100, -100, 7, 2)).with_response([8, 9]).input_ids
+        (5, 6, 8, 9, 2)
+        """
+        end = self.input_ids[-1:] if self.finished else ()
+        return _row(self.input_ids[: self.start], (*ids, *end), self.finished)
+
+    def cut(self, max_tokens: int) -> "Encoded":
+        """The row's first ``max_tokens`` tokens; unfinished, unless nothing had to go.
+
+        >>> Encoded((5, 6, 7, 2), (-100, -100, 7, 2)).cut(3)
+        Encoded(input_ids=(5, 6, 7), labels=(-100, -100, 7), finished=False)
+        """
+        if len(self.input_ids) <= max_tokens:
+            return self
+        return Encoded(self.input_ids[:max_tokens], self.labels[:max_tokens], finished=False)
+
+
+def _row(prompt: Sequence[int], response: Sequence[int], finished: bool) -> Encoded:
+    return Encoded((*prompt, *response), (*[IGNORE] * len(prompt), *response), finished)
+
+
+class Chat:
+    """A tokenizer's chat template: prompts as ids, rows with their loss mask.
+
+    Attributes: ``tokenizer``; ``end_of_turn``, the id that ends an assistant turn, as the template
+    writes it (not always the tokenizer's ``eos_token``); ``pad_id``, the tokenizer's padding id, or
+    another special token where that one is missing or ends turns: code that tells padding by its id
+    would else take the end of a turn for padding, and a model trained so never stops.
+
+    Raises :class:`UsageError` if the tokenizer has no chat template, the template leaves out the
+    answer or puts no special token after it, or no token is left to pad with.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        self._name = repr(tokenizer.name_or_path)
+        if not tokenizer.chat_template:
+            raise UsageError(
+                f"the tokenizer of {self._name} has no chat template, and without one there are no turns; "
+                "take the chat (\"instruct\") version of the model, or put a chat_template.jinja into its folder")
+        prompt = [{"role": "user", "content": _PROBE.upper()}]
+        opening = self._render(prompt, add_generation_prompt=True)
+        whole = self._render([*prompt, {"role": "assistant", "content": _PROBE}])
+        before, found, self._tail = whole.rpartition(_PROBE)
+        if not found:
+            raise UsageError(f"the chat template of {self._name} leaves out what the assistant says; "
+                             f"it renders {_shorten(whole)}")
+        # Some templates put a blank before the answer that is not part of the opening of its turn.
+        self._lead = before.removeprefix(opening) if before.startswith(opening) else None
+        self.end_of_turn, self._gap = self._find_end_of_turn()
+        self.pad_id = self._choose_pad()
+
+    def user_prefix_ids(self, system: str | None = None) -> list[int]:
+        """Everything up to the opening of the first user turn: feed it, and the model writes the user.
+
+        Without ``system`` the template's default system prompt, if it has one, is in place.
+        """
+        messages = [{"role": "user", "content": _PROBE}]
+        if system is not None:
+            messages.insert(0, {"role": "system", "content": system})
+        return self._tokens(self._render(messages).rpartition(_PROBE)[0])
+
+    def prompt_ids(self, messages: Messages) -> list[int]:
+        """The conversation up to the opening of the assistant's turn."""
+        return self._tokens(self._render(messages, add_generation_prompt=True))
+
+    def encode(self, prompt: Messages, response: str | Sequence[int], *, finished: bool = True) -> Encoded:
+        """A training row: the prompt out of the loss; the response and its end-of-turn token in it.
+
+        ``response`` is text, or the very ids that were sampled, which are then kept as they are (text
+        encoded anew may be cut into other tokens, of another probability). The prompt's ids are always
+        those of :meth:`prompt_ids`, so training conditions on what sampling conditions on. A response
+        that is not ``finished`` gets no end-of-turn token. What the template puts behind that token
+        is left out. Blanks around a text are kept or trimmed as the template has it.
+
+        Raises :class:`UsageError` if the template rewrites the conversation or the answer once the
+        answer is in place (reasoning templates add or remove ``<think>`` blocks), if the response
+        holds the end-of-turn token, or if decoding the labels does not give the response back.
+        """
+        opening = self._render(prompt, add_generation_prompt=True)
+        head = self._tokens(opening)
+        if isinstance(response, str):
+            ids = self._response_tokens(prompt, opening, head, response, finished)
+        else:
+            ids = list(response)
+            if outside := [i for i in ids if not 0 <= i < len(self.tokenizer)]:
+                raise UsageError(f"response id {outside[0]} is not a token of {self._name}, which has "
+                                 f"{len(self.tokenizer)}; were the ids written by another model?")
+        if self.end_of_turn in ids:
+            raise UsageError(f"the response holds the end-of-turn token {self._text([self.end_of_turn])!r} "
+                             "itself; remove it from the text, it is added to finished responses")
+        return _row(head, [*ids, self.end_of_turn] if finished else ids, finished)
+
+    def show(self, row: Encoded) -> str:
+        """The row's text for a terminal: tokens in the loss bright, all others dim."""
+        tokens = zip(row.input_ids, row.labels, strict=True)
+        return "".join(
+            (_DIM if masked else _BRIGHT) + self._text([token for token, _ in group]) + _RESET
+            for masked, group in groupby(tokens, key=lambda pair: pair[1] == IGNORE))
+
+    def _response_tokens(self, prompt: Messages, opening: str, head: list[int], response: str,
+                         finished: bool) -> list[int]:
+        whole = self._render([*prompt, {"role": "assistant", "content": response}])
+        if self._lead is None or self._lead.strip() or not whole.startswith(opening):
+            raise UsageError(
+                f"the chat template of {self._name} is not prefix-stable: the prompt for sampling ends in "
+                f"{_shorten(opening, last=True)}, but with an answer in place the conversation reads "
+                f"{_shorten(whole, last=True)}, so training and sampling would see different prompts; "
+                "use a template that renders the prompt alike in both (for reasoning models: one that "
+                "writes no empty think block)")
+        content = whole[len(opening) :].removeprefix(self._lead).removesuffix(self._tail)
+        if content.strip() != response.strip():
+            raise UsageError(f"the chat template of {self._name} changes the response "
+                             f"{_shorten(response)} into {_shorten(content)}")
+        target = self._lead + content + (self._gap if finished else "")
+        # Tokenised together with its prompt, as some tokenizers treat the start of a text differently;
+        # alone where its first characters would melt into the prompt's last token.
+        joint = self._tokens(opening + target)
+        ids = joint[len(head) :] if joint[: len(head)] == head else self._tokens(target)
+        back = self._text(head + ids)
+        if unicodedata.normalize("NFC", back) != unicodedata.normalize("NFC", self._text(head) + target):
+            raise UsageError(f"the tokenizer of {self._name} does not give the response back: "
+                             f"{_shorten(target)} was decoded as {_shorten(self._text(ids))}")
+        return ids
+
+    def _find_end_of_turn(self) -> tuple[int, str]:
+        """The first special token behind an answer, and the blanks that the template puts before it."""
+        special = {*self.tokenizer.added_tokens_decoder, *self.tokenizer.all_special_ids}
+        end = next((i for i in self._tokens(self._tail) if i in special), None)
+        gap = None if end is None else self._tail[: self._tail.index(self._text([end]))]
+        if end is None or gap.strip():
+            raise UsageError(
+                f"the chat template of {self._name} ends the assistant's turn with {self._tail!r}, which does "
+                "not begin with a special token, so no model can learn from it where to stop; mend the "
+                "template, for example by writing eos_token after the assistant's content")
+        return end, gap
+
+    def _choose_pad(self) -> int:
+        tokenizer = self.tokenizer
+        ends = {self.end_of_turn, tokenizer.eos_token_id}
+        candidates = (tokenizer.pad_token_id, tokenizer.unk_token_id, *tokenizer.all_special_ids,
+                      *tokenizer.added_tokens_decoder)
+        for token in candidates:
+            if token is not None and token not in ends:
+                return token
+        raise UsageError(f"the tokenizer of {self._name} has no token to pad with but those that end a "
+                         "turn; add one with tokenizer.add_special_tokens({'pad_token': '<pad>'})")
+
+    def _render(self, messages: Messages, **kwargs: Any) -> str:
+        try:
+            return self.tokenizer.apply_chat_template(list(messages), tokenize=False, **kwargs)
+        except jinja2.TemplateError as error:
+            roles = ", ".join(str(m.get("role")) for m in messages)
+            raise UsageError(f"the chat template of {self._name} refuses a conversation of the roles "
+                             f"({roles}): {error}") from error
+
+    def _tokens(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+    def _text(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+
+def collate(rows: Sequence[Encoded], pad_id: int) -> dict[str, Any]:
+    """A batch whose responses all begin in the same column.
+
+    Prompts are padded on the left, responses on the right; ``response_start`` (int) is the first
+    column whose token is in the loss, so a forward pass needs vocabulary logits from the column
+    before it onwards only (transformers: ``logits_to_keep=T - response_start + 1``). The tensors
+    ``input_ids``, ``attention_mask``, ``position_ids``, ``labels`` are int64 [B, T]; positions count
+    a row's own tokens from 0.
+
+    >>> a, b = Encoded((5, 6, 7, 2), (-100, -100, 7, 2)), Encoded((5, 8, 9, 2), (-100, 8, 9, 2))
+    >>> batch = collate([a, b], pad_id=0)
+    >>> batch["input_ids"].tolist(), batch["response_start"]
+    ([[5, 6, 7, 2, 0], [0, 5, 8, 9, 2]], 2)
+    """
+    if not rows:
+        raise UsageError("collate needs at least one row, got none")
+    start = max(row.start for row in rows)
+    width = start + max(len(row.input_ids) - row.start for row in rows)
+    input_ids = torch.full((len(rows), width), pad_id)
+    attention_mask = torch.zeros_like(input_ids)
+    labels = torch.full_like(input_ids, IGNORE)
+    for i, row in enumerate(rows):
+        columns = slice(start - row.start, start - row.start + len(row.input_ids))
+        input_ids[i, columns] = torch.tensor(row.input_ids)
+        attention_mask[i, columns] = 1
+        labels[i, columns] = torch.tensor(row.labels)
+    position_ids = attention_mask.cumsum(-1).sub(1).clamp(min=0)
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids,
+            "labels": labels, "response_start": start}
+
+
+def _shorten(text: str, last: bool = False, length: int = 80) -> str:
+    if len(text) <= length:
+        return repr(text)
+    return "…" + repr(text[-length:]) if last else repr(text[:length]) + "…"

@@ -1,0 +1,272 @@
+"""Fine-tuning on a plan: ordinary SFT of task rows and self rows, full or LoRA, on transformers' Trainer.
+
+Two levels: :func:`fit` trains a model in hand on encoded rows; :func:`train` reads files, sets up the
+instruments, calls :func:`fit` and leaves a run folder that says how it came about.
+"""
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from transformers.trainer_utils import get_last_checkpoint
+
+import drift
+from sasft.chat import Chat, Encoded, collate
+from sasft.data import encode_rows, ensure_writable, read_rows, sha256_file, write_json
+from sasft.errors import UsageError
+from sasft.mixing import SELF, TASK, Plan, make_plan
+from sasft.models import LoraSettings, load_model, weights_hash
+from sasft.precision import Precision, autocast
+from sasft.sampling import EXACT
+from sasft.selfdialogue import respond_texts
+
+
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(kw_only=True)
+class FitSettings:
+    """How the weights are moved. Everything here enters the run's identity."""
+
+    lr: float = _option(2e-5, "peak learning rate of AdamW")
+    schedule: str = _option("linear", "learning-rate schedule, by its name in transformers (constant, linear, cosine)")
+    warmup_steps: int = _option(0, "steps over which the learning rate rises from 0")
+    weight_decay: float = _option(0.0, "decoupled weight decay of AdamW")
+    max_grad_norm: float = _option(1.0, "gradient norm above which gradients are scaled down; 0 turns it off")
+    loss: Literal["sum", "mean"] = _option(
+        "sum", "sum: cross-entropy summed over response tokens, divided by one constant of the run (the plan's mean "
+        "number of loss tokens a step), which keeps self-data force-free; mean: the usual mean over the step's tokens")
+    precision: Precision = _option("bf16", "precision of the forward pass; weights stay in fp32")
+    micro_rows: int = _option(32, "rows in memory at once; longer steps accumulate gradients, with the same result")
+    save_every: int = _option(50, "steps between the checkpoints that an interrupted run goes on from; 0 for none")
+    seed: int = _option(0, "seed of everything random: row order, adapters, dropout")
+
+    def __post_init__(self) -> None:
+        if not self.lr > 0:
+            raise UsageError(f"lr must be > 0, got {self.lr}")
+        if self.loss not in ("sum", "mean"):
+            raise UsageError(f"loss must be sum or mean, got {self.loss!r}")
+        if self.precision not in ("bf16", "fp32"):
+            raise UsageError(f"precision must be bf16 or fp32, got {self.precision!r}")
+        if self.micro_rows < 1:
+            raise UsageError(f"micro_rows must be at least 1, got {self.micro_rows}")
+        if self.schedule not in (known := [s.value for s in transformers.SchedulerType]):
+            raise UsageError(f"unknown schedule {self.schedule!r}; there are: {', '.join(sorted(known))}")
+
+
+@dataclass(kw_only=True)
+class TrainSettings(FitSettings):
+    """One run of SA-SFT from files: what to train, on what, and what to record."""
+
+    model: str = _option("smollm2-135m-instruct", "embedded model name, local folder, or hub id (org/name)")
+    revision: str | None = _option(None, "revision of a hub model")
+    task: str = _option("", "JSONL file of task rows")
+    self_data: str | None = _option(None, "JSONL file of self-dialogues, as written by `sasft generate`")
+    out: str = _option("", "folder of the run")
+    lam: float = _option(0.5, "share of self rows in the mix, in [0, 1); 0 is plain fine-tuning")
+    steps: int = _option(100, "optimiser steps")
+    rows_per_step: int = _option(16, "rows a step, of both sources together")
+    max_tokens: int = _option(1024, "longest row allowed, in tokens")
+    too_long: Literal["error", "truncate", "drop"] = _option("error", "what to do with longer rows")
+    lora_rank: int = _option(0, "rank of LoRA adapters on all linear layers; 0 trains all weights")
+    lora_alpha: float = _option(16.0, "LoRA scale: updates are multiplied by alpha / rank")
+    record_every: int = _option(10, "steps between recordings of drift, alignment, KL and style; 0 for none")
+    probe_rows: int = _option(16, "rows of each file held out of training to measure alignment, KL and style on")
+    general_text: str | None = _option(None, "UTF-8 text file on which to record the negative log-likelihood")
+    save_model: bool = _option(True, "save the trained model (for LoRA, the adapter) in the run folder")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.task:
+            raise UsageError("task is missing: name a JSONL file of task rows")
+        if not self.out:
+            raise UsageError("out is missing: name a folder for the run")
+        if not 0 <= self.lam < 1:
+            raise UsageError(f"lam (the share of self rows) must lie in [0, 1), got {self.lam}")
+        if self.lam > 0 and not self.self_data:
+            raise UsageError(f"lam is {self.lam}, but self_data names no file; write self-dialogues with "
+                             "`sasft generate` and name them with --self-data, or set --lam 0")
+
+
+class _Rows(Dataset):
+    """The rows of all sources, addressed by (source, index)."""
+
+    def __init__(self, rows: Mapping[str, Sequence[Encoded]]) -> None:
+        self.rows = rows
+
+    def __getitem__(self, key: tuple[str, int]) -> Encoded:
+        return self.rows[key[0]][key[1]]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.rows.values()))
+
+
+class _MicroBatches:
+    """Every step of the plan cut into the same number of micro-batches, none of them empty."""
+
+    def __init__(self, plan: Plan, micro_rows: int) -> None:
+        self.plan = plan
+        self.per_step = -(-max(map(len, plan)) // micro_rows)
+        if self.per_step > min(map(len, plan)):
+            raise UsageError(f"micro_rows={micro_rows} cuts the largest step into {self.per_step} micro-batches, more "
+                             f"than the {min(map(len, plan))} rows of the smallest step; raise micro_rows")
+
+    def __iter__(self):
+        for step in self.plan:
+            for part in range(self.per_step):
+                yield list(step[part::self.per_step])
+
+    def __len__(self) -> int:
+        return len(self.plan) * self.per_step
+
+
+def response_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    r"""Cross-entropy summed over the labelled tokens of a batch, in nats, accumulated in fp32.
+
+    :math:`\sum_i \sum_{t \in M_i} -\log p_\theta(y_{i,t} \mid x_i, y_{i,<t})`. ``batch`` comes from
+    :func:`sasft.chat.collate`; vocabulary logits are computed for the response columns only.
+    """
+    start = batch["response_start"]
+    labels = batch["labels"][:, start:]
+    logits = model(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], position_ids=batch["position_ids"],
+        use_cache=False, logits_to_keep=labels.shape[1] + 1,
+    ).logits[:, :-1]
+    counted = labels != -100
+    return nn.functional.cross_entropy(logits[counted].float(), labels[counted], reduction="sum")
+
+
+class _Trainer(transformers.Trainer):
+    """transformers' Trainer, reading a plan and applying the token-sum loss."""
+
+    loss_is_scaled_for_ga = True  # both losses below are sums over the step: nothing is left to average
+
+    def __init__(self, *, plan: Plan, settings: FitSettings, pad_id: int, **kwargs: Any) -> None:
+        self.batches = _MicroBatches(plan, settings.micro_rows)
+        self.settings = settings
+        self.divisor = sum(plan.loss_tokens()) / len(plan)
+        super().__init__(data_collator=lambda rows: collate(rows, pad_id), **kwargs)
+        self.model_accepts_loss_kwargs = True  # makes the Trainer count the step's loss tokens
+
+    def get_train_dataloader(self) -> DataLoader:
+        loader = DataLoader(self.train_dataset, batch_sampler=self.batches, collate_fn=self.data_collator)
+        return self.accelerator.prepare(loader)
+
+    def compute_loss_context_manager(self) -> AbstractContextManager:
+        # Around the loss only: accelerate's bf16 mode would leave its wrapper on the model after training.
+        return autocast(self.settings.precision, self.args.device.type)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        total = response_loss(model, inputs)
+        divisor = self.divisor if self.settings.loss == "sum" else num_items_in_batch
+        return total / divisor * self.accelerator.num_processes
+
+
+def fit(
+    model: nn.Module,
+    rows: Mapping[str, Sequence[Encoded]],
+    plan: Plan,
+    settings: FitSettings,
+    *,
+    pad_id: int,
+    out: Path,
+    callbacks: Sequence[transformers.TrainerCallback] = (),
+    progress: bool = True,
+) -> list[dict[str, float]]:
+    """Train ``model`` in place on ``rows`` as laid out by ``plan``; returns the Trainer's log, one entry a step.
+
+    ``rows`` maps each source of the plan (``task``, ``self``) to its encoded rows. Checkpoints go to
+    ``out/checkpoints``; if some are there, training goes on from the last.
+    """
+    batches_per_step = _MicroBatches(plan, settings.micro_rows).per_step
+    args = transformers.TrainingArguments(
+        output_dir=str(out / "checkpoints"),
+        max_steps=len(plan),
+        gradient_accumulation_steps=batches_per_step,
+        learning_rate=settings.lr,
+        lr_scheduler_type=settings.schedule,
+        warmup_steps=settings.warmup_steps,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        seed=settings.seed,
+        logging_steps=1,
+        logging_first_step=True,
+        save_strategy="steps" if settings.save_every else "no",
+        save_steps=settings.save_every or 1,
+        save_total_limit=1,
+        report_to=[],
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        disable_tqdm=not progress,
+        use_cpu=next(model.parameters()).device.type == "cpu",
+    )
+    trainer = _Trainer(model=model, args=args, train_dataset=_Rows(rows), plan=plan, settings=settings, pad_id=pad_id,
+                       callbacks=list(callbacks))
+    if not progress:
+        trainer.remove_callback(transformers.PrinterCallback)
+    last = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
+    trainer.train(resume_from_checkpoint=last)
+    return trainer.state.log_history
+
+
+def train(settings: TrainSettings) -> dict[str, Any]:
+    """Run SA-SFT (or plain fine-tuning, at ``lam=0``) from files to a run folder; returns the run's summary.
+
+    The folder holds ``config.json`` (settings, versions, hashes of data and weights), ``plan.jsonl`` and ``mix.json``
+    (every row of every step; λ realised in rows and tokens), ``drift/`` (the recorded table), ``log.json``,
+    ``model/`` and, once finished, ``summary.json``. The same call again returns a finished run's summary, or goes on
+    with an unfinished one; another configuration in the same folder is refused.
+    """
+    out = Path(settings.out)
+    ensure_writable(out)
+    files = {"task": settings.task, "self": settings.self_data, "general_text": settings.general_text}
+    identity = {
+        "settings": {k: v for k, v in asdict(settings).items() if k not in ("out", "task", "self_data", "general_text")},
+        "data_sha256": {k: sha256_file(Path(p)) for k, p in files.items() if p},
+    }
+    _claim(out, identity, files)
+    if (done := out / "summary.json").exists():
+        return json.loads(done.read_text(encoding="utf-8"))
+
+    task_rows = read_rows(Path(settings.task))
+    self_rows = read_rows(Path(settings.self_data)) if settings.self_data else []
+    lora = LoraSettings(r=settings.lora_rank, alpha=settings.lora_alpha) if settings.lora_rank else None
+    model, tokenizer = load_model(settings.model, revision=settings.revision, lora=lora, seed=settings.seed)
+    chat = Chat(tokenizer)
+    encoded = {}
+    for name, rows in ((TASK, task_rows), (SELF, self_rows)):
+        encoded[name], report = encode_rows(rows, chat, settings.max_tokens, too_long=settings.too_long)
+        print(f"{name} rows: {report}", file=sys.stderr)
+    reference = drift.Reference.snapshot(model)
+    held = {name: _hold_out(rows, settings.probe_rows if settings.record_every else 0, name)
+            for name, rows in encoded.items()}
+    train_rows = {name: kept for name, (kept, _) in held.items()}
+    probes = _probes(settings, chat, {n: probe for n, (_, probe) in held.items() if probe})
+    plan = make_plan(
+        [r.loss_tokens for r in train_rows[TASK]], [r.loss_tokens for r in train_rows[SELF]],
+        steps=settings.steps, lam=settings.lam, rows_per_step=settings.rows_per_step, seed=settings.seed)
+    plan.save(out / "plan.jsonl")
+    write_json(out / "mix.json", plan.report())
+    callbacks = []
+    if settings.record_every:
+        callbacks.append(drift.DriftCallback(
+            out=out, every=settings.record_every, probes=probes, reference=reference, config=identity))
+    log = fit(model, train_rows, plan, settings, pad_id=chat.pad_id, out=out, callbacks=callbacks)
+    write_json(out / "log.json", log)
+    if settings.save_model:
+        model.save_pretrained(out / "model")
+        tokenizer.save_pretrained(out / "model")
+    summary = {"mix": plan.report(), "weights_sha256": weights_hash(model), "final": log[-2:]}
+    write_json(done, summary)
+    return summary
