@@ -1,7 +1,7 @@
 """Chat templates turned into token ids, and the loss mask that goes with them.
 
-The tokenizer's own template is the only source of truth: what opens a turn, what ends it and what the
-default system prompt says are read off its renderings, never assumed.
+The tokenizer's own template is the only source of truth: what opens a turn, what ends it and what
+the default system prompt says are read off its renderings, never assumed.
 """
 
 import unicodedata
@@ -28,10 +28,10 @@ _DIM, _BRIGHT, _RESET = "\x1b[2m", "\x1b[1;32m", "\x1b[0m"
 
 @dataclass(frozen=True)
 class Encoded:
-    """One row as token ids: ``labels`` equal ``input_ids`` where the token is in the loss, else -100.
+    """One row as token ids: ``labels`` equal ``input_ids`` where a token is in the loss, else -100.
 
-    ``finished``: the last token in the loss is the end-of-turn token. A response that a length cap has
-    cut has none, so the model is not taught to stop there.
+    ``finished``: the last token in the loss is the end-of-turn token. A response that a length cap
+    has cut has none, so the model is not taught to stop there.
 
     Raises :class:`UsageError` if no token is in the loss, or if a label is another token's.
 
@@ -46,23 +46,28 @@ class Encoded:
 
     def __post_init__(self) -> None:
         if len(self.labels) != len(self.input_ids):
-            raise UsageError(f"labels must be as long as input_ids, got {len(self.labels)} labels for "
-                             f"{len(self.input_ids)} tokens")
-        if all(label == IGNORE for label in self.labels):
+            raise UsageError(f"labels must be as long as input_ids, got {len(self.labels)} labels "
+                             f"for {len(self.input_ids)} tokens")
+        if not self._in_loss:
             raise UsageError("the mask hides every token, so there is nothing to learn from; "
                              "give the row a response")
         pairs = zip(self.input_ids, self.labels, strict=True)
         if any(label not in (IGNORE, token) for token, label in pairs):
-            raise UsageError(f"a label must be its own token or {IGNORE} (labels are not shifted here)")
+            raise UsageError("a label must be its own token (labels are not shifted here) "
+                             f"or {IGNORE}")
 
     @classmethod
     def text(cls, ids: Sequence[int]) -> "Encoded":
-        """Plain text without a prompt: every token but the first, which nothing predicts, is scored.
+        """Plain text without a prompt: all is scored but the first token, which nothing predicts.
 
         >>> Encoded.text([5, 6, 7]).labels
         (-100, 6, 7)
         """
         return cls(tuple(ids), (IGNORE, *ids[1:]), finished=False)
+
+    @property
+    def _in_loss(self) -> tuple[int, ...]:
+        return tuple(label for label in self.labels if label != IGNORE)
 
     @property
     def start(self) -> int:
@@ -72,13 +77,12 @@ class Encoded:
     @property
     def loss_tokens(self) -> int:
         """How many tokens are in the loss."""
-        return sum(label != IGNORE for label in self.labels)
+        return len(self._in_loss)
 
     @property
     def response_ids(self) -> tuple[int, ...]:
         """The response's tokens, without the end-of-turn token."""
-        ids = tuple(label for label in self.labels if label != IGNORE)
-        return ids[:-1] if self.finished else ids
+        return self._in_loss[:-1] if self.finished else self._in_loss
 
     def with_response(self, ids: Sequence[int]) -> "Encoded":
         """The same prompt with other response tokens; a finished row keeps its end-of-turn token.
@@ -86,11 +90,11 @@ class Encoded:
         >>> Encoded((5, 6, 7, 2), (-100, -100, 7, 2)).with_response([8, 9]).input_ids
         (5, 6, 8, 9, 2)
         """
-        end = self.input_ids[-1:] if self.finished else ()
+        end = self._in_loss[-1:] if self.finished else ()
         return _row(self.input_ids[: self.start], (*ids, *end), self.finished)
 
     def cut(self, max_tokens: int) -> "Encoded":
-        """The row's first ``max_tokens`` tokens; unfinished, unless nothing had to go.
+        """The first ``max_tokens`` tokens; unfinished, unless the row is no longer than that.
 
         >>> Encoded((5, 6, 7, 2), (-100, -100, 7, 2)).cut(3)
         Encoded(input_ids=(5, 6, 7), labels=(-100, -100, 7), finished=False)
@@ -107,38 +111,38 @@ def _row(prompt: Sequence[int], response: Sequence[int], finished: bool) -> Enco
 class Chat:
     """A tokenizer's chat template: prompts as ids, rows with their loss mask.
 
-    Attributes: ``tokenizer``; ``end_of_turn``, the id that ends an assistant turn, as the template
+    Attributes: ``tokenizer``; ``end_of_turn``, the id that ends an assistant turn as the template
     writes it (not always the tokenizer's ``eos_token``); ``pad_id``, the tokenizer's padding id, or
-    another special token where that one is missing or ends turns: code that tells padding by its id
-    would else take the end of a turn for padding, and a model trained so never stops.
+    another special token where that one is missing or ends turns: code that tells padding by its
+    id would take the end of a turn for padding, and a model trained like that never stops.
 
-    Raises :class:`UsageError` if the tokenizer has no chat template, the template leaves out the
-    answer or puts no special token after it, or no token is left to pad with.
+    Raises :class:`UsageError` if the tokenizer has no chat template, if the template leaves out
+    the answer or puts no special token after it, or if no token is left to pad with.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
         self._name = repr(tokenizer.name_or_path)
         if not tokenizer.chat_template:
-            raise UsageError(
-                f"the tokenizer of {self._name} has no chat template, and without one there are no turns; "
-                "take the chat (\"instruct\") version of the model, or put a chat_template.jinja into its folder")
+            raise UsageError(f"the tokenizer of {self._name} has no chat template, so it knows no "
+                             "turns; take the chat (\"instruct\") version of the model, or put a "
+                             "chat_template.jinja into its folder")
         prompt = [{"role": "user", "content": _PROBE.upper()}]
         opening = self._render(prompt, add_generation_prompt=True)
         whole = self._render([*prompt, {"role": "assistant", "content": _PROBE}])
         before, found, self._tail = whole.rpartition(_PROBE)
         if not found:
-            raise UsageError(f"the chat template of {self._name} leaves out what the assistant says; "
-                             f"it renders {_shorten(whole)}")
-        # Some templates put a blank before the answer that is not part of the opening of its turn.
+            raise UsageError(f"the chat template of {self._name} leaves out what the assistant "
+                             f"says; it renders {_shorten(whole)}")
+        # Some templates put a blank before the answer that does not belong to its turn's opening.
         self._lead = before.removeprefix(opening) if before.startswith(opening) else None
         self.end_of_turn, self._gap = self._find_end_of_turn()
         self.pad_id = self._choose_pad()
 
     def user_prefix_ids(self, system: str | None = None) -> list[int]:
-        """Everything up to the opening of the first user turn: feed it, and the model writes the user.
+        """All up to the opening of the first user turn: fed this, the model writes the user's part.
 
-        Without ``system`` the template's default system prompt, if it has one, is in place.
+        Without ``system``, the template's default system prompt is in place, if it has one.
         """
         messages = [{"role": "user", "content": _PROBE}]
         if system is not None:
@@ -149,18 +153,20 @@ class Chat:
         """The conversation up to the opening of the assistant's turn."""
         return self._tokens(self._render(messages, add_generation_prompt=True))
 
-    def encode(self, prompt: Messages, response: str | Sequence[int], *, finished: bool = True) -> Encoded:
-        """A training row: the prompt out of the loss; the response and its end-of-turn token in it.
+    def encode(
+        self, prompt: Messages, response: str | Sequence[int], *, finished: bool = True
+    ) -> Encoded:
+        """A training row: the prompt out of the loss, response and end-of-turn token in it.
 
-        ``response`` is text, or the very ids that were sampled, which are then kept as they are (text
-        encoded anew may be cut into other tokens, of another probability). The prompt's ids are always
-        those of :meth:`prompt_ids`, so training conditions on what sampling conditions on. A response
-        that is not ``finished`` gets no end-of-turn token. What the template puts behind that token
-        is left out. Blanks around a text are kept or trimmed as the template has it.
+        ``response`` is text, or the very ids that were sampled, which are kept as they are (text
+        encoded anew may fall into other tokens, of another probability). The prompt's ids are
+        always those of :meth:`prompt_ids`: training conditions on what sampling conditions on. A
+        response that is not ``finished`` gets no end-of-turn token. What the template puts behind
+        that token is left out. Blanks around a text are kept or trimmed as the template has it.
 
         Raises :class:`UsageError` if the template rewrites the conversation or the answer once the
         answer is in place (reasoning templates add or remove ``<think>`` blocks), if the response
-        holds the end-of-turn token, or if decoding the labels does not give the response back.
+        holds the end-of-turn token, or if the labels do not decode to the response.
         """
         opening = self._render(prompt, add_generation_prompt=True)
         head = self._tokens(opening)
@@ -169,11 +175,12 @@ class Chat:
         else:
             ids = list(response)
             if outside := [i for i in ids if not 0 <= i < len(self.tokenizer)]:
-                raise UsageError(f"response id {outside[0]} is not a token of {self._name}, which has "
-                                 f"{len(self.tokenizer)}; were the ids written by another model?")
+                raise UsageError(f"response id {outside[0]} is none of the {len(self.tokenizer)} "
+                                 f"tokens of {self._name}; were the ids sampled by another model?")
         if self.end_of_turn in ids:
-            raise UsageError(f"the response holds the end-of-turn token {self._text([self.end_of_turn])!r} "
-                             "itself; remove it from the text, it is added to finished responses")
+            raise UsageError("the response itself holds the end-of-turn token "
+                             f"{self._text([self.end_of_turn])!r}; take it out, finished responses "
+                             "are given it")
         return _row(head, [*ids, self.end_of_turn] if finished else ids, finished)
 
     def show(self, row: Encoded) -> str:
@@ -188,36 +195,38 @@ class Chat:
         whole = self._render([*prompt, {"role": "assistant", "content": response}])
         if self._lead is None or self._lead.strip() or not whole.startswith(opening):
             raise UsageError(
-                f"the chat template of {self._name} is not prefix-stable: the prompt for sampling ends in "
-                f"{_shorten(opening, last=True)}, but with an answer in place the conversation reads "
-                f"{_shorten(whole, last=True)}, so training and sampling would see different prompts; "
-                "use a template that renders the prompt alike in both (for reasoning models: one that "
-                "writes no empty think block)")
+                f"the chat template of {self._name} is not prefix-stable: the prompt for sampling "
+                f"ends in {_shorten(opening, last=True)}, but the conversation with its answer is "
+                f"{_shorten(whole, last=True)}, so training and sampling would see different "
+                "prompts; use a template that renders the prompt alike in both (for a reasoning "
+                "model: one that adds and removes no think block)")
         content = whole[len(opening) :].removeprefix(self._lead).removesuffix(self._tail)
         if content.strip() != response.strip():
-            raise UsageError(f"the chat template of {self._name} changes the response "
-                             f"{_shorten(response)} into {_shorten(content)}")
+            raise UsageError(f"the chat template of {self._name} turns the response "
+                             f"{_shorten(response)} into {_shorten(content)}; use a template that "
+                             "leaves it as it is")
         target = self._lead + content + (self._gap if finished else "")
-        # Tokenised together with its prompt, as some tokenizers treat the start of a text differently;
-        # alone where its first characters would melt into the prompt's last token.
+        # Together with the prompt, since some tokenizers treat the start of a text differently;
+        # alone where the response's first characters would melt into the prompt's last token.
         joint = self._tokens(opening + target)
         ids = joint[len(head) :] if joint[: len(head)] == head else self._tokens(target)
-        back = self._text(head + ids)
-        if unicodedata.normalize("NFC", back) != unicodedata.normalize("NFC", self._text(head) + target):
+        expected, decoded = self._text(head) + target, self._text(head + ids)
+        if unicodedata.normalize("NFC", decoded) != unicodedata.normalize("NFC", expected):
             raise UsageError(f"the tokenizer of {self._name} does not give the response back: "
-                             f"{_shorten(target)} was decoded as {_shorten(self._text(ids))}")
+                             f"{_shorten(target)} became {_shorten(self._text(ids))}; clean the "
+                             "text, or use another model")
         return ids
 
     def _find_end_of_turn(self) -> tuple[int, str]:
-        """The first special token behind an answer, and the blanks that the template puts before it."""
+        """The first special token after an answer, and the blanks that stand before it."""
         special = {*self.tokenizer.added_tokens_decoder, *self.tokenizer.all_special_ids}
         end = next((i for i in self._tokens(self._tail) if i in special), None)
         gap = None if end is None else self._tail[: self._tail.index(self._text([end]))]
         if end is None or gap.strip():
-            raise UsageError(
-                f"the chat template of {self._name} ends the assistant's turn with {self._tail!r}, which does "
-                "not begin with a special token, so no model can learn from it where to stop; mend the "
-                "template, for example by writing eos_token after the assistant's content")
+            raise UsageError(f"the chat template of {self._name} ends the assistant's turn with "
+                             f"{self._tail!r}, which does not begin with a special token: no model "
+                             "can learn from it where to stop; mend the template, by writing "
+                             "eos_token after the assistant's content")
         return end, gap
 
     def _choose_pad(self) -> int:
@@ -228,16 +237,16 @@ class Chat:
         for token in candidates:
             if token is not None and token not in ends:
                 return token
-        raise UsageError(f"the tokenizer of {self._name} has no token to pad with but those that end a "
-                         "turn; add one with tokenizer.add_special_tokens({'pad_token': '<pad>'})")
+        raise UsageError(f"the tokenizer of {self._name} can pad only with tokens that end a turn; "
+                         "add one: tokenizer.add_special_tokens({'pad_token': '<pad>'})")
 
     def _render(self, messages: Messages, **kwargs: Any) -> str:
         try:
             return self.tokenizer.apply_chat_template(list(messages), tokenize=False, **kwargs)
         except jinja2.TemplateError as error:
             roles = ", ".join(str(m.get("role")) for m in messages)
-            raise UsageError(f"the chat template of {self._name} refuses a conversation of the roles "
-                             f"({roles}): {error}") from error
+            raise UsageError(f"the chat template of {self._name} refuses a conversation of the "
+                             f"roles ({roles}): {error}") from error
 
     def _tokens(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False).input_ids
@@ -250,10 +259,10 @@ def collate(rows: Sequence[Encoded], pad_id: int) -> dict[str, Any]:
     """A batch whose responses all begin in the same column.
 
     Prompts are padded on the left, responses on the right; ``response_start`` (int) is the first
-    column whose token is in the loss, so a forward pass needs vocabulary logits from the column
-    before it onwards only (transformers: ``logits_to_keep=T - response_start + 1``). The tensors
-    ``input_ids``, ``attention_mask``, ``position_ids``, ``labels`` are int64 [B, T]; positions count
-    a row's own tokens from 0.
+    column whose token is in the loss, so that a forward pass needs vocabulary logits only from the
+    column before it onwards (transformers: ``logits_to_keep=T - response_start + 1``). The tensors
+    ``input_ids``, ``attention_mask``, ``position_ids`` and ``labels`` are int64 [B, T]; positions
+    count a row's own tokens from 0.
 
     >>> a, b = Encoded((5, 6, 7, 2), (-100, -100, 7, 2)), Encoded((5, 8, 9, 2), (-100, 8, 9, 2))
     >>> batch = collate([a, b], pad_id=0)
@@ -261,7 +270,7 @@ def collate(rows: Sequence[Encoded], pad_id: int) -> dict[str, Any]:
     ([[5, 6, 7, 2, 0], [0, 5, 8, 9, 2]], 2)
     """
     if not rows:
-        raise UsageError("collate needs at least one row, got none")
+        raise UsageError("rows must hold at least one row to make a batch of, got none")
     start = max(row.start for row in rows)
     width = start + max(len(row.input_ids) - row.start for row in rows)
     input_ids = torch.full((len(rows), width), pad_id)
@@ -273,8 +282,8 @@ def collate(rows: Sequence[Encoded], pad_id: int) -> dict[str, Any]:
         attention_mask[i, columns] = 1
         labels[i, columns] = torch.tensor(row.labels)
     position_ids = attention_mask.cumsum(-1).sub(1).clamp(min=0)
-    return {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids,
-            "labels": labels, "response_start": start}
+    return {"input_ids": input_ids, "attention_mask": attention_mask,
+            "position_ids": position_ids, "labels": labels, "response_start": start}
 
 
 def _shorten(text: str, last: bool = False, length: int = 80) -> str:

@@ -26,7 +26,7 @@ class Row:
 
     ``response_ids``: the answer's tokens as they were sampled, None for text from elsewhere.
     ``finished``: False for an answer that a length cap has cut; it has no end-of-turn token.
-    ``source``: where the row comes from, by default the name of its file. ``meta``: all other fields.
+    ``source``: where the row comes from, by default the name of its file. ``meta``: other fields.
     """
 
     id: str
@@ -38,16 +38,18 @@ class Row:
     meta: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any], *, default_id: str = "", default_source: str = "") -> "Row":
+    def from_json(
+        cls, data: Mapping[str, Any], *, default_id: str = "", default_source: str = ""
+    ) -> "Row":
         """The row that a JSON object describes, in any of three shapes.
 
         ``{"messages": [...]}`` with the assistant's message last, ``{"prompt", "response"}``, or
         ``{"instruction", "input" (may be missing), "output"}``. An empty answer counts as an answer
         only where ``response_ids`` show that a model gave it. Raises :class:`UsageError`.
 
-        >>> row = Row.from_json({"instruction": "Add.", "input": "2 + 2", "output": "4", "level": 1})
+        >>> row = Row.from_json({"instruction": "Add.", "input": "2 + 2", "output": "4", "n": 1})
         >>> row.prompt[0]["content"], row.response, row.meta
-        ('Add.\\n\\n2 + 2', '4', {'level': 1})
+        ('Add.\\n\\n2 + 2', '4', {'n': 1})
         """
         rest = dict(data)
         if "messages" in data:
@@ -55,7 +57,7 @@ class Row:
             if last["role"] != "assistant":
                 raise _NoAnswer(f"the last message is the {last['role']}'s, not the assistant's")
             if not prompt:
-                raise UsageError("there is no message before the assistant's; a row starts with a prompt")
+                raise UsageError("there is no message before the assistant's; add the prompt")
             response = last["content"]
         elif {"prompt", "response"} & data.keys():
             prompt, response = [_user(_text(rest, "prompt"))], _answer(rest, "response")
@@ -64,18 +66,19 @@ class Row:
             prompt = [_user(f"{instruction}\n\n{extra}" if extra else instruction)]
             response = _answer(rest, "output")
         else:
-            raise UsageError(f"a row with the fields {', '.join(map(repr, data)) or '(none)'} has none of the "
-                             f"known shapes: {_SHAPES}")
+            fields = ", ".join(map(repr, data)) or "(none)"
+            raise UsageError(f"fields {fields} make none of the known shapes: {_SHAPES}")
         ids, finished = rest.pop("response_ids", None), rest.pop("finished", True)
-        if ids is not None and not (isinstance(ids, list | tuple) and all(type(i) is int for i in ids)):
-            raise UsageError(f'"response_ids" must be a list of integers, got {str(ids)[:40]}')
+        if ids is not None and not (isinstance(ids, list) and all(type(i) is int for i in ids)):
+            raise UsageError(f'"response_ids" must be a list of integers, got {_brief(ids)}')
         if not isinstance(finished, bool):
             raise UsageError(f'"finished" must be true or false, got {finished!r}')
         if ids is None and not response.strip():
             raise _NoAnswer("the answer is empty")
-        return cls(id=str(rest.pop("id", default_id)), source=str(rest.pop("source", default_source)),
-                   prompt=tuple(prompt), response=response,
-                   response_ids=None if ids is None else tuple(ids), finished=finished, meta=rest)
+        return cls(
+            id=str(rest.pop("id", default_id)), source=str(rest.pop("source", default_source)),
+            prompt=tuple(prompt), response=response,
+            response_ids=None if ids is None else tuple(ids), finished=finished, meta=rest)
 
 
 class _NoAnswer(UsageError):
@@ -83,14 +86,14 @@ class _NoAnswer(UsageError):
 
 
 def read_rows(path: Path | str, *, torn_ok: bool = False) -> list[Row]:
-    """The rows of a JSONL file: UTF-8 (a byte-order mark is fine), one object a line, in the shapes of
-    :meth:`Row.from_json`; blank lines hold no row.
+    """The rows of a JSONL file: UTF-8 (a byte-order mark is fine), one object a line, in the shapes
+    of :meth:`Row.from_json`; blank lines hold no row.
 
-    ``torn_ok`` is for a file that :class:`JsonlWriter` was writing when it was stopped: its last line
-    may be torn, and it may hold no row yet.
+    ``torn_ok`` is for a file that :class:`JsonlWriter` was writing when it was stopped: its last
+    line may be torn, and it may hold no row yet.
 
     Raises :class:`UsageError` for a file that is missing, unreadable or empty, for a malformed line
-    (its number, its fault and how it starts), and for rows without an answer (how many, which lines).
+    (its number, its fault, how it starts), and for rows without an answer (how many, which lines).
     """
     path = Path(path)
     try:
@@ -113,8 +116,9 @@ def read_rows(path: Path | str, *, torn_ok: bool = False) -> list[Row]:
                              f"{line[:60].decode('utf-8', 'replace')!r}") from None
     if unanswered:
         shown = ", ".join(map(str, unanswered[:10])) + (", ..." if len(unanswered) > 10 else "")
-        raise UsageError(f"{path}: {len(unanswered)} of {len(rows) + len(unanswered)} rows have no answer "
-                         f"(lines {shown}); add the answers, or remove the rows")
+        total = len(rows) + len(unanswered)
+        raise UsageError(f"{path}: {len(unanswered)} of {total} rows have no answer (lines "
+                         f"{shown}); add the answers, or remove the rows")
     if not rows and not torn_ok:
         raise UsageError(f"{path} has no rows; it should have one JSON object a line: {_SHAPES}")
     return rows
@@ -132,18 +136,22 @@ class EncodeReport:
     loss_tokens: int
 
     def __str__(self) -> str:
-        return (f"{self.kept} of {self.rows} rows, {self.loss_tokens} tokens in the loss ({self.truncated} rows "
-                f"truncated, {self.dropped} dropped as too long; longest {self.longest} tokens)")
+        return (f"{self.kept} of {self.rows} rows, {self.loss_tokens} tokens in the loss "
+                f"({self.truncated} rows truncated, {self.dropped} dropped as too long; "
+                f"longest {self.longest} tokens)")
 
 
 def encode_rows(
-    rows: Sequence[Row], chat: Chat, max_tokens: int, too_long: Literal["error", "truncate", "drop"] = "error"
+    rows: Sequence[Row],
+    chat: Chat,
+    max_tokens: int,
+    too_long: Literal["error", "truncate", "drop"] = "error",
 ) -> tuple[list[Encoded], EncodeReport]:
     """Encode rows in their order, and deal with those of more than ``max_tokens`` tokens as told.
 
-    ``truncate`` cuts the end of the answer, which then has no end-of-turn token; ``drop`` leaves rows
-    out, which on self-data picks rows by their answers and so breaks the score identity, whereas
-    cutting does not (docs/theory.md, F1 and F2c).
+    ``truncate`` cuts the end of the answer, which then has no end-of-turn token; ``drop`` leaves
+    rows out. On self-data, dropping picks rows by their answers and so breaks the score identity,
+    whereas cutting does not (docs/theory.md, F1 and F2c).
 
     Raises :class:`UsageError`, naming rows, where a row cannot be encoded, where rows are too long
     under ``error``, where truncation would leave no answer, and where dropping would leave no row.
@@ -155,33 +163,35 @@ def encode_rows(
     over = [i for i, e in enumerate(encoded) if len(e.input_ids) > max_tokens]
     if over and too_long == "error":
         raise UsageError(
-            f"{len(over)} of {len(rows)} rows have more than max_tokens={max_tokens} tokens (the longest has "
-            f"{longest}; the first is row {rows[over[0]].id}); raise max_tokens, or set too_long to truncate "
-            "(cuts the ends of their answers) or drop")
+            f"{len(over)} of {len(rows)} rows have more than max_tokens={max_tokens} tokens (the "
+            f"longest has {longest}; the first is row {rows[over[0]].id}); raise max_tokens, or "
+            "set too_long to truncate (cuts the ends of answers) or drop")
     if over and too_long == "truncate":
         stuck = [rows[i].id for i in over if encoded[i].start >= max_tokens]
         if stuck:
             raise UsageError(
-                f"the prompts of {len(stuck)} of {len(rows)} rows fill max_tokens={max_tokens} by themselves "
-                f"(the first is row {stuck[0]}), so truncation would leave no answer; raise max_tokens, "
-                "or set too_long to drop")
+                f"the prompts of {len(stuck)} of {len(rows)} rows fill max_tokens={max_tokens} by "
+                f"themselves (the first is row {stuck[0]}), so truncation would leave no answer; "
+                "raise max_tokens, or set too_long to drop")
         encoded = [e.cut(max_tokens) for e in encoded]
     elif over:
         encoded = [e for e in encoded if len(e.input_ids) <= max_tokens]
         if not encoded:
-            raise UsageError(f"all {len(rows)} rows have more than max_tokens={max_tokens} tokens, so dropping "
-                             "them leaves nothing; raise max_tokens, or set too_long to truncate")
+            raise UsageError(f"all {len(rows)} rows have more than max_tokens={max_tokens} tokens, "
+                             "so dropping them leaves nothing; raise max_tokens, or set too_long "
+                             "to truncate")
     return encoded, EncodeReport(
         rows=len(rows), kept=len(encoded), truncated=len(over) if too_long == "truncate" else 0,
-        dropped=len(rows) - len(encoded), longest=longest, loss_tokens=sum(e.loss_tokens for e in encoded))
+        dropped=len(rows) - len(encoded), longest=longest,
+        loss_tokens=sum(e.loss_tokens for e in encoded))
 
 
 class JsonlWriter:
-    """Appends JSON objects to a file, each batch whole and on the disk before the next: a context manager.
+    """A context manager that appends JSON objects to a file, one batch on the disk after another.
 
-    Opening a file mends what a killed writer left: a torn last line is moved to ``<file>.torn`` (with
-    a warning in the log), so that every line of the file is a row. If a write fails, on a full disk
-    say, the file is cut back to its last whole batch before :class:`UsageError` is raised.
+    Opening a file mends what a killed writer left: a torn last line is moved to ``<file>.torn``
+    (with a warning in the log), so that every line of the file is a row. If a write fails, on a
+    full disk say, the file is cut back to its last whole batch and :class:`UsageError` is raised.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -197,10 +207,11 @@ class JsonlWriter:
 
     def __enter__(self) -> Self:
         try:
-            # Unbuffered: what failed to reach the disk must not be written again when the file closes.
+            # Unbuffered: what did not reach the disk must not be tried again by close().
             self._file = self.path.open("ab+", buffering=0)
         except OSError as error:
-            raise UsageError(f"{self.path} can't be written: {error.strerror}; name another file") from None
+            raise UsageError(f"{self.path} can't be written: {error.strerror}; name another "
+                             "file") from None
         self._mend()
         return self
 
@@ -220,9 +231,9 @@ class JsonlWriter:
             os.fsync(self._file.fileno())
         except OSError as error:
             self._file.truncate(before)
-            fix = "free some space and run it again" if error.errno == errno.ENOSPC else "mend it and run it again"
-            raise UsageError(f"writing to {self.path} failed: {error.strerror}; the rows before are whole "
-                             f"and stay, so {fix} to go on from there") from error
+            fix = "free some space" if error.errno == errno.ENOSPC else "mend that"
+            raise UsageError(f"writing to {self.path} failed: {error.strerror}; the rows before "
+                             f"are whole and stay, so {fix} and run it again to go on") from error
 
     def _mend(self) -> None:
         self._file.seek(0)
@@ -233,14 +244,14 @@ class JsonlWriter:
             with torn.open("ab") as file:
                 file.write(data[whole:] + b"\n")
             self._file.truncate(whole)
-            logger.warning("%s ended in a torn line (%d bytes), left by a writer that was stopped; moved it to %s",
-                           self.path, len(data) - whole, torn)
+            logger.warning("%s ended in a torn line of %d bytes, left by a writer that was "
+                           "stopped; it was moved to %s", self.path, len(data) - whole, torn)
         elif whole < len(data):
             self._append(b"\n")
 
 
 def ensure_writable(folder: Path | str) -> None:
-    """Make ``folder``, and make and remove a file in it, so that a run fails before its long work."""
+    """Make ``folder``, and a file in it for a moment, so that a run fails before its long work."""
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -248,19 +259,22 @@ def ensure_writable(folder: Path | str) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise UsageError(f"the folder {folder} can't be written to: {error.strerror}; name another one") from None
+        raise UsageError(f"the folder {folder} can't be written to: {error.strerror}; name another "
+                         "one") from None
 
 
 def write_json(path: Path | str, data: Any) -> None:
-    """Write JSON by way of a temporary file: ``path`` has its old content until it has the new one."""
+    """Write JSON by way of a temporary file: ``path`` holds its old content or all of the new."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps(data, indent=1, ensure_ascii=False) + "\n"
+        temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise UsageError(f"writing {path} failed: {error.strerror}; what was there before is unchanged") from error
+        raise UsageError(f"writing {path} failed: {error.strerror}; what was there before is "
+                         "unchanged") from error
 
 
 def sha256_file(path: Path | str) -> str:
@@ -274,8 +288,9 @@ def sha256_file(path: Path | str) -> str:
 
 def _encode(row: Row, chat: Chat) -> Encoded:
     if row.response_ids is not None and chat.tokenizer.decode(row.response_ids) != row.response:
-        raise UsageError(f"row {row.id}: its response_ids do not spell its answer, so the row was written with "
-                         "another tokenizer or edited since; remove response_ids to use the text")
+        raise UsageError(f"row {row.id}: its response_ids do not spell its answer, so the row was "
+                         "written with another tokenizer or edited since; remove response_ids to "
+                         "use the text")
     response = row.response if row.response_ids is None else row.response_ids
     try:
         return chat.encode(row.prompt, response, finished=row.finished)
@@ -285,7 +300,7 @@ def _encode(row: Row, chat: Chat) -> Encoded:
 
 def _parse(line: bytes) -> dict[str, Any]:
     try:
-        data = json.loads(line)
+        data = json.loads(line.decode())
         json.dumps(data, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         raise UsageError(f"not valid JSON ({error.msg}, column {error.colno})") from None
@@ -308,12 +323,18 @@ def _is_torn(last_line: bytes) -> bool:
 
 
 def _messages(value: Any) -> list[dict[str, str]]:
-    if not isinstance(value, list) or not value or not all(
-            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-            for m in value):
+    def is_message(m: Any) -> bool:
+        return isinstance(m, dict) and all(isinstance(m.get(k), str) for k in ("role", "content"))
+
+    if not isinstance(value, list) or not value or not all(map(is_message, value)):
         raise UsageError('"messages" must be a list of {"role": text, "content": text}, '
-                         f"got {json.dumps(value)[:60]}")
+                         f"got {_brief(value)}")
     return [{"role": m["role"], "content": m["content"]} for m in value]
+
+
+def _brief(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:60] + "…"
 
 
 def _user(text: str) -> dict[str, str]:
@@ -323,7 +344,7 @@ def _user(text: str) -> dict[str, str]:
 def _text(data: dict[str, Any], name: str) -> str:
     value = data.pop(name, None)
     if not isinstance(value, str):
-        raise UsageError(f'"{name}" must be text, got {json.dumps(value)[:60]}')
+        raise UsageError(f'"{name}" must be text, got {_brief(value)}')
     return value
 
 

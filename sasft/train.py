@@ -4,7 +4,6 @@ Two levels: :func:`fit` trains a model in hand on encoded rows; :func:`train` re
 instruments, calls :func:`fit` and leaves a run folder that says how it came about.
 """
 
-import hashlib
 import json
 import os
 import sys
@@ -27,30 +26,28 @@ from sasft.errors import UsageError
 from sasft.mixing import SELF, TASK, Plan, make_plan
 from sasft.models import LoraSettings, load_model, weights_hash
 from sasft.precision import Precision, autocast
-from sasft.sampling import EXACT
-from sasft.selfdialogue import respond_texts
+from sasft.probes import run_probes
+from sasft.settings import option
+from sasft.versions import versions
 
-
-def _option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
 
 
 @dataclass(kw_only=True)
 class FitSettings:
     """How the weights are moved. Everything here enters the run's identity."""
 
-    lr: float = _option(2e-5, "peak learning rate of AdamW")
-    schedule: str = _option("linear", "learning-rate schedule, by its name in transformers (constant, linear, cosine)")
-    warmup_steps: int = _option(0, "steps over which the learning rate rises from 0")
-    weight_decay: float = _option(0.0, "decoupled weight decay of AdamW")
-    max_grad_norm: float = _option(1.0, "gradient norm above which gradients are scaled down; 0 turns it off")
-    loss: Literal["sum", "mean"] = _option(
+    lr: float = option(2e-5, "peak learning rate of AdamW")
+    schedule: str = option("linear", "learning-rate schedule, by its name in transformers (constant, linear, cosine)")
+    warmup_steps: int = option(0, "steps over which the learning rate rises from 0")
+    weight_decay: float = option(0.0, "decoupled weight decay of AdamW")
+    max_grad_norm: float = option(1.0, "gradient norm above which gradients are scaled down; 0 turns it off")
+    loss: Literal["sum", "mean"] = option(
         "sum", "sum: cross-entropy summed over response tokens, divided by one constant of the run (the plan's mean "
         "number of loss tokens a step), which keeps self-data force-free; mean: the usual mean over the step's tokens")
-    precision: Precision = _option("bf16", "precision of the forward pass; weights stay in fp32")
-    micro_rows: int = _option(32, "rows in memory at once; longer steps accumulate gradients, with the same result")
-    save_every: int = _option(50, "steps between the checkpoints that an interrupted run goes on from; 0 for none")
-    seed: int = _option(0, "seed of everything random: row order, adapters, dropout")
+    precision: Precision = option("bf16", "precision of the forward pass; weights stay in fp32")
+    micro_rows: int = option(32, "rows in memory at once; longer steps accumulate gradients, with the same result")
+    save_every: int = option(50, "steps between the checkpoints that an interrupted run goes on from; 0 for none")
+    seed: int = option(0, "seed of everything random: row order, adapters, dropout")
 
     def __post_init__(self) -> None:
         if not self.lr > 0:
@@ -69,22 +66,22 @@ class FitSettings:
 class TrainSettings(FitSettings):
     """One run of SA-SFT from files: what to train, on what, and what to record."""
 
-    model: str = _option("smollm2-135m-instruct", "embedded model name, local folder, or hub id (org/name)")
-    revision: str | None = _option(None, "revision of a hub model")
-    task: str = _option("", "JSONL file of task rows")
-    self_data: str | None = _option(None, "JSONL file of self-dialogues, as written by `sasft generate`")
-    out: str = _option("", "folder of the run")
-    lam: float = _option(0.5, "share of self rows in the mix, in [0, 1); 0 is plain fine-tuning")
-    steps: int = _option(100, "optimiser steps")
-    rows_per_step: int = _option(16, "rows a step, of both sources together")
-    max_tokens: int = _option(1024, "longest row allowed, in tokens")
-    too_long: Literal["error", "truncate", "drop"] = _option("error", "what to do with longer rows")
-    lora_rank: int = _option(0, "rank of LoRA adapters on all linear layers; 0 trains all weights")
-    lora_alpha: float = _option(16.0, "LoRA scale: updates are multiplied by alpha / rank")
-    record_every: int = _option(10, "steps between recordings of drift, alignment, KL and style; 0 for none")
-    probe_rows: int = _option(16, "rows of each file held out of training to measure alignment, KL and style on")
-    general_text: str | None = _option(None, "UTF-8 text file on which to record the negative log-likelihood")
-    save_model: bool = _option(True, "save the trained model (for LoRA, the adapter) in the run folder")
+    model: str = option("smollm2-135m-instruct", "embedded model name, local folder, or hub id (org/name)")
+    revision: str | None = option(None, "revision of a hub model")
+    task: str = option("", "JSONL file of task rows")
+    self_data: str | None = option(None, "JSONL file of self-dialogues, as written by `sasft generate`")
+    out: str = option("", "folder of the run")
+    lam: float = option(0.5, "share of self rows in the mix, in [0, 1); 0 is plain fine-tuning")
+    steps: int = option(100, "optimiser steps")
+    rows_per_step: int = option(16, "rows a step, of both sources together")
+    max_tokens: int = option(1024, "longest row allowed, in tokens")
+    too_long: Literal["error", "truncate", "drop"] = option("error", "what to do with longer rows")
+    lora_rank: int = option(0, "rank of LoRA adapters on all linear layers; 0 trains all weights")
+    lora_alpha: float = option(16.0, "LoRA scale: updates are multiplied by alpha / rank")
+    record_every: int = option(10, "steps between recordings of drift, alignment, KL and style; 0 for none")
+    probe_rows: int = option(16, "rows of each file held out of training to measure alignment, KL and style on")
+    general_text: str | None = option(None, "UTF-8 text file on which to record the negative log-likelihood")
+    save_model: bool = option(True, "save the trained model (for LoRA, the adapter) in the run folder")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -242,31 +239,62 @@ def train(settings: TrainSettings) -> dict[str, Any]:
     task_rows = read_rows(Path(settings.task))
     self_rows = read_rows(Path(settings.self_data)) if settings.self_data else []
     lora = LoraSettings(r=settings.lora_rank, alpha=settings.lora_alpha) if settings.lora_rank else None
+    text = _general_text(settings.general_text)
     model, tokenizer = load_model(settings.model, revision=settings.revision, lora=lora, seed=settings.seed)
     chat = Chat(tokenizer)
-    encoded = {}
-    for name, rows in ((TASK, task_rows), (SELF, self_rows)):
-        encoded[name], report = encode_rows(rows, chat, settings.max_tokens, too_long=settings.too_long)
-        print(f"{name} rows: {report}", file=sys.stderr)
-    reference = drift.Reference.snapshot(model)
-    held = {name: _hold_out(rows, settings.probe_rows if settings.record_every else 0, name)
-            for name, rows in encoded.items()}
-    train_rows = {name: kept for name, (kept, _) in held.items()}
-    probes = _probes(settings, chat, {n: probe for n, (_, probe) in held.items() if probe})
+    rows: dict[str, list[Encoded]] = {}
+    held_out: dict[str, list[Encoded]] = {}
+    for source, read in ((TASK, task_rows), (SELF, self_rows)):
+        encoded, report = encode_rows(read, chat, settings.max_tokens, too_long=settings.too_long)
+        rows[source], held_out[source] = _hold_out(encoded, settings.probe_rows if settings.record_every else 0)
+        if encoded:
+            print(f"{source}: {report}; {len(held_out[source])} held out to measure on", file=sys.stderr)
     plan = make_plan(
-        [r.loss_tokens for r in train_rows[TASK]], [r.loss_tokens for r in train_rows[SELF]],
+        [r.loss_tokens for r in rows[TASK]], [r.loss_tokens for r in rows[SELF]],
         steps=settings.steps, lam=settings.lam, rows_per_step=settings.rows_per_step, seed=settings.seed)
     plan.save(out / "plan.jsonl")
     write_json(out / "mix.json", plan.report())
     callbacks = []
     if settings.record_every:
         callbacks.append(drift.DriftCallback(
-            out=out, every=settings.record_every, probes=probes, reference=reference, config=identity))
-    log = fit(model, train_rows, plan, settings, pad_id=chat.pad_id, out=out, callbacks=callbacks)
+            out=out, every=settings.record_every, config=identity, reference=drift.Reference.snapshot(model),
+            probes=run_probes(chat, held_out, text, precision=settings.precision)))
+    log = fit(model, rows, plan, settings, pad_id=chat.pad_id, out=out, callbacks=callbacks)
     write_json(out / "log.json", log)
     if settings.save_model:
         model.save_pretrained(out / "model")
         tokenizer.save_pretrained(out / "model")
-    summary = {"mix": plan.report(), "weights_sha256": weights_hash(model), "final": log[-2:]}
+    recorded = {k: v for entry in log for k, v in entry.items() if "/" in k}  # the last value of each
+    summary = {"mix": plan.report(), "weights_sha256": weights_hash(model), "recorded": recorded,
+               "loss": [entry["loss"] for entry in log if "loss" in entry]}
     write_json(done, summary)
     return summary
+
+
+def _claim(out: Path, identity: dict[str, Any], files: Mapping[str, str | None]) -> None:
+    """Make the folder this run's, or find that it is; refuse a folder that holds another run."""
+    path = out / "config.json"
+    if path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))["identity"]
+        now = json.loads(json.dumps(identity))
+        differing = [f"{part}.{k} is {before[part].get(k)!r}, now {now[part].get(k)!r}" for part in now
+                     for k in {**before[part], **now[part]} if before[part].get(k) != now[part].get(k)]
+        if differing:
+            raise UsageError(f"{out} holds another run ({'; '.join(differing)}); name another folder, or remove this one")
+    else:
+        write_json(path, {"identity": identity, "files": dict(files), "versions": versions()})
+
+
+def _hold_out(rows: list[Encoded], n: int) -> tuple[list[Encoded], list[Encoded]]:
+    """Rows to train on and the last ``n`` rows to measure on, at most a quarter of them."""
+    n = min(n, len(rows) // 4)
+    return rows[: len(rows) - n], rows[len(rows) - n :]
+
+
+def _general_text(path: str | None) -> str | None:
+    if path is None:
+        return None
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"general_text {path} can't be read as UTF-8 text: {error}") from None
