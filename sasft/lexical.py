@@ -91,7 +91,9 @@ def _droppable(sentence: str, tokens: list[Token], i: int, doomed: set[int]) -> 
         return i + 1 in doomed and following.folded in AUXILIARIES
     if word in _PERFECT_OR_EMPHATIC:  # "has told", but not "has a car"
         return following.kind != "number" and following.folded not in ARTICLES | PRONOUNS | {"no"}
-    return word in _COPULAS | _EMPTY
+    if word in _COPULAS:  # between two numbers it is an equals sign
+        return not (following.kind == "number" and i > 0 and tokens[i - 1].kind == "number")
+    return word in _EMPTY
 
 
 def check_telegraphic(original: str, restyled: str) -> list[str]:

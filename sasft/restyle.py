@@ -77,8 +77,8 @@ def restyle(text: str, style: str) -> str:
     """
     chosen = _get(style)
     if not text.strip():
-        raise UsageError(f"text is {'only white space' if text else 'empty'}; an answer with a visible "
-                         "character is needed: drop such rows before restyling")
+        raise UsageError(f"text is {'only white space' if text else 'empty'}; an answer with a "
+                         "visible character is needed: drop such rows before restyling")
     restyled = chosen.rewrite(text)
     if problems := chosen.check(text, restyled):
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
@@ -173,18 +173,18 @@ def _indent(piece: str) -> str:
 def _embolden(sentence: str) -> str:
     marker = re.match(r"\s*\d+[.)]\s", sentence)  # the number of a list item is no content
     cursor = marker.end() if marker else 0
-    out, follows_bold = sentence[:cursor], False
+    out, bold = sentence[:cursor], ""  # the kind of the token before, if it was set in bold
     for token in read(sentence):
         starred = "*" in (sentence[token.start - 1:token.start], sentence[token.end:token.end + 1])
         if token.start < cursor or token.kind not in ("name", "number") or starred:
-            follows_bold = False
+            bold = ""
             continue
         gap = sentence[cursor:token.start]
-        if follows_bold and gap == " ":
+        if gap == " " and token.kind == bold == "name":
             out = f"{out[:-2]} {token.text}**"
         else:
             out += f"{gap}**{token.text}**"
-        cursor, follows_bold = token.end, True
+        cursor, bold = token.end, token.kind
     return out + sentence[cursor:]
 
 

@@ -22,7 +22,7 @@ from sasft.sampling import Sampler, row_seed, sample
 
 Messages = tuple[dict[str, str], ...]
 # Candidates are drawn in chunks of this many batches; a chunk's answers are batched by prompt length.
-_BATCHES_A_CHUNK = 4
+_BATCHES_A_CHUNK = 2
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from sasft.models import load_model
 from sasft.train import FitSettings, fit
 from studies.stats import Scores
 
-METRICS = ("kl_base_model", "kl_model_base", "entropy_model", "nll_model")
+METRICS = ("kl_base_model", "kl_model_base", "entropy_base", "entropy_model", "nll_base", "nll_model")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,11 +172,6 @@ class Worker:
     def _measure(self, probe: drift.DivergenceProbe) -> dict[str, list[float]]:
         rows = probe.per_row(self.model)
         return {"tokens": rows.tokens.tolist(), **{m: getattr(rows, m).tolist() for m in METRICS}}
-
-    def base_scores(self) -> dict[str, dict[str, list[float]]]:
-        """The base model on every probe, measured like any arm."""
-        self.reference.load_into(self.model)
-        return {name: self._measure(probe) for name, probe in self.probes.items()}
 
     def _recorder(self, arm: Arm, seed: int, out: Path) -> Any:
         n = self.job.settings.align_rows

@@ -22,12 +22,10 @@ prose, which favours neither.
 import argparse
 import hashlib
 import json
-import platform
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +41,7 @@ from sasft.restyle import STYLES
 from sasft.sampling import EXACT
 from sasft.selfdialogue import Writer
 from sasft.train import FitSettings
+from sasft.versions import versions
 from studies import arms as runs
 from studies import cells
 from studies.arms import Arm, TrainingSettings
@@ -150,12 +149,11 @@ def run(profile: Profile, runs_folder: Path, figures_folder: Path, workers: int)
     job = runs.Job(model=profile.model, settings=profile.training, train=data.train, held_out=data.held_out, arms=arms,
                    folder=folder, pad_id=chat.pad_id, threads=max(1, torch.get_num_threads() // workers))
     results = runs.run_arms(job, workers)
-    base = runs.base_scores(job)
     seeds = profile.training.seeds
-    table = summary_table(results, base, arms, seeds)
+    table = summary_table(results, arms, seeds)
     pictures = [
         *draw_cells(results, profile.data.styles, seeds, figures_folder, provenance),
-        *draw_gain_and_drop(table, figures_folder, provenance, sampler_verdicts(results, base, seeds)),
+        *draw_gain_and_drop(table, figures_folder, provenance, sampler_verdicts(results, seeds)),
         *draw_depth(folder, seeds, figures_folder, provenance),
     ]
     print_report(table, figures_folder)
@@ -168,7 +166,7 @@ def run(profile: Profile, runs_folder: Path, figures_folder: Path, workers: int)
 # --- analysis -------------------------------------------------------------------------------------------------
 
 
-def summary_table(results: Mapping, base: Mapping, arms: Sequence[Arm], seeds: int) -> list[dict[str, Any]]:
+def summary_table(results: Mapping, arms: Sequence[Arm], seeds: int) -> list[dict[str, Any]]:
     """One row an arm: forgetting on each probe, gain on held-out task answers, entropy, drift; with intervals."""
     table = []
     for arm in arms:
@@ -183,22 +181,16 @@ def summary_table(results: Mapping, base: Mapping, arms: Sequence[Arm], seeds: i
         row["lambda_tokens"] = float(np.mean([m["lambda_tokens"] for m in mixes]))
         for probe in PROBE_LABELS:
             _put(row, f"kl_{probe}", bootstrap(lambda m: m["x"], {"x": score(probe, "kl_base_model")}))
-        for probe, name in (("gold_raw", "gain_raw"), ("gold_sentence", "gain_sentence"), ("human_text", "nll_rise_human_text")):
-            sign = -1 if name.startswith("gain") else 1
-            before = np.array(base[probe]["nll_model"]).sum() / sum(base[probe]["tokens"])
-            _put(row, name, bootstrap(lambda m: sign * (m["x"] - m["base"]),
-                                      {"x": score(probe, "nll_model"), "base": _constant(base, probe, "nll_model", seeds)}))
-            row[f"{name}_base_nll"] = float(before)
+        for probe, name, sign in (("gold_raw", "gain_raw", -1), ("gold_sentence", "gain_sentence", -1),
+                                  ("human_text", "nll_rise_human_text", 1)):
+            before_and_after = {when: score(probe, f"nll_{when}") for when in ("base", "model")}
+            _put(row, name, bootstrap(lambda m, sign=sign: sign * (m["model"] - m["base"]), before_and_after))
+            row[f"{name}_base_nll"] = before_and_after["base"].mean()
         for probe in ("self_exact", "human_text"):
-            row[f"entropy_{probe}"] = score(probe, "entropy_model").mean()
+            row[f"entropy_rise_{probe}"] = score(probe, "entropy_model").mean() - score(probe, "entropy_base").mean()
         row["drift_l2"] = float(np.mean([results[arm.name, s]["drift_l2"] for s in range(seeds)]))
         table.append(row)
     return table
-
-
-def _constant(base: Mapping, probe: str, metric: str, seeds: int):
-    scores = np.array(base[probe][metric], dtype=float)
-    return runs.Scores(np.tile(scores, (seeds, 1)), np.array(base[probe]["tokens"], dtype=float))
 
 
 def _put(row: dict[str, Any], name: str, effect: Effect) -> None:
@@ -233,7 +225,7 @@ def cell_effects(results: Mapping, styles: Sequence[str], probe: str, seeds: int
     return effects
 
 
-def sampler_verdicts(results: Mapping, base: Mapping, seeds: int) -> list[dict[str, Any]]:
+def sampler_verdicts(results: Mapping, seeds: int) -> list[dict[str, Any]]:
     """Verdicts on SA-SFT against its controls (C10) and on the two samplers (C11), on every probe."""
     verdicts = []
     for probe, label in PROBE_LABELS.items():
@@ -357,12 +349,6 @@ def print_report(table: Sequence[Mapping[str, Any]], figures_folder: Path) -> No
     for name in ("two_by_two_cells", "two_by_two_gain_drop"):
         for v in json.loads((figures_folder / f"{name}.json").read_text(encoding="utf-8"))["verdicts"]:
             print(f"{v['claim']:<4}{v['verdict']:<13}{v['value']:>8.3f} [{v['low']:.3f}, {v['high']:.3f}] {v['unit']:<11} {v['statement']}")
-
-
-def versions() -> dict[str, str]:
-    """Versions that results may hang on."""
-    return {"python": platform.python_version(),
-            **{p: version(p) for p in ("torch", "transformers", "peft", "numpy", "accelerate")}}
 
 
 if __name__ == "__main__":
