@@ -87,7 +87,7 @@ def _chunk(base: Tensor, model: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
     y = targets.to(base.device).unsqueeze(-1)
 
     def expect(weight: Tensor, of: Tensor) -> Tensor:
-        return torch.where(weight > 0, weight * of, 0.0).sum(-1)
+        return torch.where(weight == 0, 0.0, weight * of).sum(-1)  # nan stays nan
 
     # Rounding can leave a KL of nearly equal distributions a hair below 0, which no KL is.
     return (expect(p, log_p - log_q).clamp(min=0), expect(q, log_q - log_p).clamp(min=0), -expect(p, log_p), -expect(q, log_q),
@@ -95,7 +95,11 @@ def _chunk(base: Tensor, model: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
 
 
 def _log_softmax(logits: Tensor) -> Tensor:
-    return torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=-1)
+    return torch.log_softmax(_at_least_fp32(logits), dim=-1)
+
+
+def _at_least_fp32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
 
 
 @dataclass(frozen=True)
@@ -129,7 +133,7 @@ class DivergenceProbe:
     """KL to the base (both ways), entropy and NLL on fixed held-out rows, as a probe of :func:`drift.record`.
 
     ``batches``: dictionaries of tensors as Hugging Face uses them (``input_ids``, ``attention_mask``, ``labels`` [B, T]; labels
-    not shifted, -100 where a token is not counted). The base's log-probabilities at the counted positions are computed
+    not shifted, -100 where a token is not counted). The base's logits at the counted positions are computed
     once, by :meth:`prepare`, and kept in float32 on the CPU: 4·N·V bytes (1,000 positions of a 50,000-token vocabulary:
     200 MB).
 
@@ -147,11 +151,11 @@ class DivergenceProbe:
         self._prepared_for: Reference | None = None
 
     def prepare(self, model: nn.Module, reference: Reference) -> None:
-        """Compute the base's log-probabilities with θ₀ in the model; once for a reference, however often it is called."""
+        """Compute the base's logits with θ₀ in the model; once for a reference, however often it is called."""
         if self._prepared_for is reference:
             return
         with measuring(model), torch.no_grad(), reference.swapped_into(model):
-            self._base = [_log_softmax(self._counted(model, batch)[0]).cpu() for batch in self.batches]
+            self._base = [_at_least_fp32(self._counted(model, batch)[0]).cpu() for batch in self.batches]
         self._prepared_for = reference
 
     def per_row(self, model: nn.Module) -> RowDivergences:

@@ -71,6 +71,10 @@ class Task(ABC):
         """The truth and nothing else, as raw task data state it."""
         return problem.answer
 
+    def worked(self, problem: Problem) -> str:
+        """The truth with the steps to it in shorthand; the raw answer where the task knows no steps."""
+        return self.raw_answer(problem)
+
     def problems(
         self, n: int, seed: int, exclude: Collection[str] = frozenset(),
     ) -> list[Problem]:
@@ -168,6 +172,20 @@ class Sums(Task):
     def sentence(self, problem: Problem) -> str:
         template = self._SENTENCES[_digest(problem.key) % len(self._SENTENCES)]
         return template.format(problem.meta["expression"], problem.answer)
+
+    def worked(self, problem: Problem) -> str:
+        """The running totals from left to right.
+
+        >>> task = Sums()
+        >>> task.worked(task.problems(1, seed=0)[0])
+        '209 + 587 = 796; 796 - 10 = 786'
+        """
+        total, *others = problem.meta["terms"]
+        steps = []
+        for term in others:
+            steps.append(f"{total} {'-' if term < 0 else '+'} {abs(term)} = {total + term}")
+            total += term
+        return "; ".join(steps)
 
 
 class ReasoningGym(Task):

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from tiny_chat import CHATML, tokenizer
+from tests.sasft.tiny_chat import CHATML, tokenizer
 from tokenizers import normalizers
 from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
-from tiny_chat import tokenizer
+from tests.sasft.tiny_chat import tokenizer
 
 from sasft.chat import Chat
 from sasft.data import (

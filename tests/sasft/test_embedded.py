@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from tiny_chat import CHATML, SPECIALS, tokenizer
+from tests.sasft.tiny_chat import CHATML, SPECIALS, tokenizer
 
 from sasft import embedded
 from sasft.chat import Chat

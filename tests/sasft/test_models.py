@@ -9,7 +9,7 @@ import pytest
 import torch
 from huggingface_hub import errors
 from safetensors.torch import load_file, save_file
-from tiny_chat import CHATML, tokenizer
+from tests.sasft.tiny_chat import CHATML, tokenizer
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging

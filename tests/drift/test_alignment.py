@@ -1,0 +1,260 @@
+"""Gradient Gram matrices against one backward pass a row; estimators against full enumeration."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import drift
+from drift.alignment import (
+    AlignmentProbe,
+    coherence,
+    cosine,
+    gradient_gram,
+    jackknife,
+    join_batches,
+    mean_inner,
+    raw_cosine,
+)
+from drift.divergence import logits_of
+from drift.factors import Outer, outer_gram
+from drift.names import parameters
+from tests.drift import zoo
+
+
+def brute(model: nn.Module, batch: dict[str, Tensor], forward) -> dict[str, np.ndarray]:
+    """Gram matrix of every parameter from one ordinary backward pass a row."""
+    model.eval()
+    named = {n: p for n, p in parameters(model).items() if p.requires_grad}
+    gradients: dict[str, list[Tensor]] = {n: [] for n in named}
+    for row in range(len(batch["labels"])):
+        one = {k: v[row : row + 1] for k, v in batch.items()}
+        log_p = torch.log_softmax(forward(model, one), -1)
+        loss = sum(-log_p[0, t - 1, label] for t, label in enumerate(one["labels"][0]) if t > 0 and label != -100)
+        for name, g in zip(named, torch.autograd.grad(loss, list(named.values()), allow_unused=True), strict=True):
+            gradients[name].append(torch.zeros_like(named[name]).flatten() if g is None else g.flatten())
+    return {n: (torch.stack(g).double() @ torch.stack(g).double().T).numpy() for n, g in gradients.items()}
+
+
+def agree(gram: drift.GradientGram, expected: dict[str, np.ndarray], rtol: float = 1e-9) -> None:
+    scale = max(np.abs(m).max() for m in expected.values())
+    for name, matrix in expected.items():
+        if name in gram.missing:
+            assert np.abs(matrix).max() == 0, f"{name} has a gradient and is said to be missing"
+        else:
+            np.testing.assert_allclose(gram.per_parameter[name], matrix, rtol=rtol, atol=rtol * scale, err_msg=name)
+
+
+@pytest.mark.parametrize("kind", zoo.ZOO)
+def test_gram_is_that_of_one_backward_pass_a_row(kind) -> None:
+    model, batch = zoo.make(kind), zoo.batch()
+    agree(gradient_gram(model, batch, forward=zoo.forward, verify=True), brute(model, batch, zoo.forward))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_gram_of_a_llama(tied: bool) -> None:
+    model, batch = zoo.llama(tied=tied).double(), zoo.batch(vocabulary=32)
+    gram = gradient_gram(model, batch, verify=True)
+    assert gram.coverage == 1.0 and gram.missing == ()
+    agree(gram, brute(model, batch, logits_of), rtol=1e-5)  # transformers' RMSNorm computes in float32
+
+
+def test_gram_of_lora_factors() -> None:
+    model, batch = zoo.lora(zoo.llama().double()).double(), zoo.batch(vocabulary=32)
+    expected = brute(model, batch, logits_of)
+    gram = gradient_gram(model, batch, verify=True)
+    assert set(gram.per_parameter) == set(expected) and gram.coverage == 1.0
+    agree(gram, expected, rtol=1e-5)
+
+
+def test_both_ways_of_a_gram_agree() -> None:
+    torch.manual_seed(0)
+    use = Outer(torch.randn(40, 3).double(), torch.randn(40, 4).double(), torch.randint(0, 5, (40,)))
+    formed, products = (outer_gram([use], 5, form=form) for form in (True, False))
+    torch.testing.assert_close(formed, products, rtol=1e-12, atol=1e-12)
+
+
+def test_rows_may_be_packed_into_one_sequence() -> None:
+    """Token-wise sources: three rows side by side in one batch entry, for a model whose positions are independent."""
+    model, batch = zoo.make(zoo.Base), zoo.batch(rows=3)
+    packed = {k: v.reshape(1, -1) for k, v in batch.items()}
+    packed["labels"][0, [7, 14]] = -100  # position 0 of a row has no prediction of its own
+    rows = torch.arange(3).repeat_interleave(7).reshape(1, -1)
+    agree(gradient_gram(model, packed, rows=rows, forward=zoo.forward), brute(model, batch, zoo.forward))
+
+
+def test_a_trace_is_left_nowhere() -> None:
+    model, batch = zoo.make(zoo.Dropout), zoo.batch()
+    model.train()
+    model.head.weight.grad = torch.ones_like(model.head.weight)
+    torch.manual_seed(5)
+    expected = torch.rand(2)
+    torch.manual_seed(5)
+    gradient_gram(model, batch, forward=zoo.forward, verify=True)
+    assert torch.equal(torch.rand(2), expected) and model.training
+    assert torch.equal(model.head.weight.grad, torch.ones_like(model.head.weight)) and model.embed.weight.grad is None
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_hooks_go_even_after_an_error() -> None:
+    def broken(model, batch):
+        zoo.forward(model, batch)
+        raise RuntimeError("boom")
+
+    model = zoo.make(zoo.Base)
+    with pytest.raises(RuntimeError, match="boom"):
+        gradient_gram(model, zoo.batch(), forward=broken)
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+class Functional(zoo.Base):
+    """A weight that its module's forward never sees."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        hidden = self.body(self.embed(ids))
+        return self.head(hidden) + nn.functional.linear(hidden.tanh(), self.head.weight)
+
+
+def test_a_weight_used_outside_its_module_is_found_out() -> None:
+    with pytest.raises(RuntimeError, match="head.weight .* used outside its module's forward"):
+        gradient_gram(zoo.make(Functional), zoo.batch(), forward=zoo.forward, verify=True)
+
+
+class Odd(zoo.Base):
+    """A parameter of no known kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros(zoo.V))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids) + self.shift
+
+
+def test_what_is_not_covered_is_named() -> None:
+    gram = gradient_gram(zoo.make(Odd), zoo.batch(), forward=zoo.forward)
+    assert gram.missing == ("shift",) and 0.9 < gram.coverage < 1
+
+
+def test_a_frozen_model_is_refused() -> None:
+    with pytest.raises(ValueError, match="no trainable parameter"):
+        gradient_gram(zoo.make(zoo.Base).requires_grad_(False), zoo.batch(), forward=zoo.forward)
+
+
+# --- estimators -----------------------------------------------------------------------------------------------
+
+POPULATION = np.array([[1.0, 0.5, -1.0], [2.0, 0.0, 1.0], [0.0, 1.5, 2.0]])  # three equally likely gradients of a source
+OTHER = np.array([[0.5, -1.0, 0.0], [1.0, 1.0, 3.0]])
+
+
+def expectation(n_a: int, n_b: int, statistic) -> float:
+    """Mean of a statistic of (Gram, rows a, rows b) over every possible pair of samples."""
+    values = []
+    for a in itertools.product(range(len(POPULATION)), repeat=n_a):
+        for b in itertools.product(range(len(OTHER)), repeat=n_b):
+            g = np.concatenate([POPULATION[list(a)], OTHER[list(b)]])
+            values.append(statistic(g @ g.T, list(range(n_a)), list(range(n_a, n_a + n_b))))
+    return float(np.mean(values))
+
+
+def test_inner_products_and_squared_norms_are_unbiased() -> None:
+    mean_a, mean_b = POPULATION.mean(0), OTHER.mean(0)
+    assert expectation(3, 2, mean_inner) == pytest.approx(mean_a @ mean_b, abs=1e-12)
+    assert expectation(3, 2, lambda k, a, b: mean_inner(k, a, a)) == pytest.approx(mean_a @ mean_a, abs=1e-12)
+    plain = expectation(3, 2, lambda k, a, b: k[np.ix_(a, a)].mean())  # what the correction removes
+    assert plain == pytest.approx(mean_a @ mean_a + POPULATION.var(0).sum() / 3, abs=1e-12)
+
+
+def test_cosine_is_consistent_where_the_raw_one_shrinks() -> None:
+    rng = np.random.default_rng(0)
+    mean_a, mean_b = np.array([1.0, 0, 0, 0]), np.array([0.6, 0.8, 0, 0])
+    g = np.concatenate([mean_a + rng.normal(size=(300, 4)), mean_b + rng.normal(size=(300, 4))])
+    k, a, b = g @ g.T, list(range(300)), list(range(300, 600))
+    assert cosine(k, a, b) == pytest.approx(0.6, abs=0.1)
+    small = [raw_cosine(k, a[i : i + 3], b[i : i + 3]) for i in range(0, 300, 3)]
+    assert np.mean(small) < 0.45
+
+
+def test_cosine_is_silent_where_a_mean_gradient_is_only_noise() -> None:
+    k = np.array([[1.0, -0.5, 0.3, 0.1], [-0.5, 1.0, 0.2, 0.0], [0.3, 0.2, 1.0, 0.5], [0.1, 0.0, 0.5, 1.0]])
+    assert math.isnan(cosine(k, [0, 1], [2, 3]))
+
+
+def test_overlapping_groups_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"share \[1\]"):
+        mean_inner(np.eye(3), [0, 1], [1, 2])
+
+
+def test_jackknife_error_is_the_spread_of_the_estimate() -> None:
+    rng = np.random.default_rng(1)
+    values, errors = [], []
+    for _ in range(400):
+        g = np.concatenate([[1.0, 0, 0] + 0.7 * rng.normal(size=(20, 3)), [0.6, 0.8, 0] + 0.7 * rng.normal(size=(25, 3))])
+        groups = [list(range(20)), list(range(20, 45))]
+        k = g @ g.T
+        values.append(cosine(k, *groups))
+        errors.append(jackknife(lambda rows, k=k: cosine(k, *rows), groups))
+    assert np.sqrt(np.mean(np.square(errors))) == pytest.approx(np.std(values), rel=0.15)
+
+
+def test_coherence_of_equal_and_of_opposite_gradients() -> None:
+    same, opposite = np.ones((3, 3)), np.array([[1.0, -1.0], [-1.0, 1.0]])
+    assert coherence(same, [0, 1, 2]) == 1.0
+    assert coherence(opposite, [0, 1]) == -1.0
+
+
+# --- the score identity on a real (tiny) model ----------------------------------------------------------------
+
+
+def test_score_identity_by_enumeration() -> None:
+    """Own samples at T = 1 exert no force; sharpened ones do (docs/theory.md, F1 and F2a): all responses enumerated."""
+    model = zoo.make(zoo.Norms)
+    prompt, length = torch.tensor([4, 7]), 2
+    responses = torch.tensor(list(itertools.product(range(zoo.V), repeat=length)))
+    ids = torch.cat([prompt.expand(len(responses), -1), responses], 1)
+    log_p = torch.log_softmax(model(ids), -1)[:, 1:-1].gather(-1, responses.unsqueeze(-1)).squeeze(-1)
+    named = list(model.parameters())
+
+    def force(weights: Tensor) -> float:
+        gradients = torch.autograd.grad((weights * log_p.sum(1)).sum(), named, retain_graph=True)
+        return math.sqrt(sum(float(g.square().sum()) for g in gradients))
+
+    probability = log_p.sum(1).exp().detach()
+    assert probability.sum().item() == pytest.approx(1, abs=1e-12)
+    typical = force(torch.eye(len(responses), dtype=torch.float64)[0])
+    assert force(probability) < 1e-12 * typical
+    sharper = torch.log_softmax(model(ids) / 0.7, -1)[:, 1:-1].gather(-1, responses.unsqueeze(-1)).squeeze(-1)
+    assert force(sharper.sum(1).exp().detach()) > 1e-3 * typical
+
+
+# --- the probe ------------------------------------------------------------------------------------------------
+
+
+def test_batches_join_on_the_right() -> None:
+    joined = join_batches([zoo.batch(rows=2, tokens=5), zoo.batch(rows=3, tokens=7)])
+    assert {k: tuple(v.shape) for k, v in joined.items()} == dict.fromkeys(("input_ids", "attention_mask", "labels"), (5, 7))
+    assert (joined["labels"][:2, 5:] == -100).all() and not joined["attention_mask"][:2, 5:].any()
+
+
+def test_the_probe_reports_every_pair_and_source_for_every_block() -> None:
+    model = zoo.llama()
+    probe = AlignmentProbe("a", {"task": [zoo.batch(vocabulary=32, seed=1)], "self": [zoo.batch(vocabulary=32, seed=2)]})
+    probe.prepare(model, drift.Reference.snapshot(model))
+    rows = probe.rows(model, step=3)
+    assert probe.coverage == {"covered": 1.0, "missing": []}
+    assert {r.layer for r in rows} == {None, 0, 1} and {r.step for r in rows} == {3}
+    assert {(r.metric, r.source) for r in rows} == {
+        *((f"align/{m}", "task|self") for m in ("inner", "cos", "raw_cos")),
+        *((f"grad/{m}", s) for m in ("norm2", "coherence") for s in ("task", "self"))}
+    expected = sum(brute(model.double(), probe.batch, logits_of).values())
+    whole = next(r for r in rows if r.layer is None and r.metric == "align/inner")
+    assert whole.value == pytest.approx(mean_inner(expected, range(5), range(5, 10)), rel=1e-4)
+    assert whole.n_tokens == 2 * 21 and whole.stderr > 0
+
+
+def test_the_probe_needs_two_sources() -> None:
+    with pytest.raises(ValueError, match="probe 'a': sources must name at least two sources with batches"):
+        AlignmentProbe("a", {"task": [zoo.batch()], "self": []})

@@ -1,0 +1,205 @@
+"""KL, entropy and NLL against float64 sums written out, and the facts that tie them to the weights."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+import drift
+from drift.divergence import DivergenceProbe, logits_of, token_divergences
+from tests.drift import zoo
+
+
+def brute(base: Tensor, model: Tensor, target: int) -> dict[str, float]:
+    """Every divergence at one position by plain Python sums."""
+    def log_probs(logits: Tensor) -> list[float]:
+        values = logits.double().tolist()
+        top = max(values)
+        normaliser = top + math.log(sum(math.exp(v - top) for v in values))
+        return [v - normaliser for v in values]
+
+    p, q = log_probs(base), log_probs(model)
+    return {
+        "kl_base_model": sum(math.exp(a) * (a - b) for a, b in zip(p, q, strict=True)),
+        "kl_model_base": sum(math.exp(b) * (b - a) for a, b in zip(p, q, strict=True)),
+        "entropy_base": -sum(math.exp(a) * a for a in p), "entropy_model": -sum(math.exp(b) * b for b in q),
+        "nll_base": -p[target], "nll_model": -q[target]}
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 1e-5)])
+def test_every_divergence_is_the_sum_over_the_vocabulary(dtype: torch.dtype, tolerance: float) -> None:
+    torch.manual_seed(0)
+    base, model = (3 * torch.randn(600, 11)).to(dtype), (3 * torch.randn(600, 11)).to(dtype)
+    targets = torch.randint(0, 11, (600,))
+    measured = token_divergences(base, model, targets)  # more rows than one chunk
+    for row in (0, 255, 256, 599):
+        for name, value in brute(base[row], model[row], int(targets[row])).items():
+            assert getattr(measured, name)[row].item() == pytest.approx(value, abs=tolerance), name
+
+
+def test_equal_predictions_have_no_divergence_and_no_negative_one() -> None:
+    logits = torch.randn(50, 1000)
+    same = token_divergences(logits, logits.clone(), torch.zeros(50, dtype=torch.long))
+    assert torch.equal(same.kl_base_model, torch.zeros(50)) and torch.equal(same.kl_model_base, torch.zeros(50))
+    near = token_divergences(logits, logits + 1e-7 * torch.randn_like(logits), torch.zeros(50, dtype=torch.long))
+    assert (near.kl_base_model >= 0).all() and (near.kl_model_base >= 0).all()
+
+
+def test_an_excluded_token_costs_nothing_where_it_has_no_weight_and_everything_where_it_has() -> None:
+    whole, cut = torch.tensor([[0.0, 0.0, 0.0]]), torch.tensor([[0.0, 0.0, -math.inf]])
+    d = token_divergences(whole, cut, torch.tensor([0]))
+    assert d.kl_base_model.item() == math.inf
+    assert d.kl_model_base.item() == pytest.approx(math.log(3 / 2))
+    assert d.entropy_model.item() == pytest.approx(math.log(2))
+
+
+@pytest.mark.parametrize("base, model, targets", [((3, 4), (3, 5), 3), ((3, 4), (3, 4), 2), ((2, 3, 4), (2, 3, 4), 2)])
+def test_shapes_that_do_not_fit_are_named(base, model, targets) -> None:
+    with pytest.raises(ValueError, match=r"base and model must be \[N, V\] and targets \[N\], got"):
+        token_divergences(torch.zeros(base), torch.zeros(model), torch.zeros(targets, dtype=torch.long))
+
+
+def probe_on(model, batches) -> DivergenceProbe:
+    probe = DivergenceProbe("p", batches)
+    probe.prepare(model, drift.Reference.snapshot(model))
+    return probe
+
+
+def test_at_the_base_the_divergence_is_nought_and_the_weights_are_left_alone() -> None:
+    model = zoo.llama()
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    rows = probe_on(model, [zoo.batch(vocabulary=32)]).per_row(model)
+    assert rows.kl_base_model.abs().max() == 0 and torch.equal(rows.nll_base, rows.nll_model)
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+def test_the_base_is_the_reference_even_when_the_model_has_moved() -> None:
+    model = zoo.llama().double()
+    reference = drift.Reference.snapshot(model)
+    early = probe_on(model, [zoo.batch(vocabulary=32)])
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    late = DivergenceProbe("late", [zoo.batch(vocabulary=32)])
+    late.prepare(model, reference)
+    assert torch.equal(early.per_row(model).kl_base_model, late.per_row(model).kl_base_model)
+    assert late.per_row(model).kl_base_model.sum() > 0
+
+
+def test_rows_sum_their_own_tokens() -> None:
+    model = zoo.llama().double()
+    batch = zoo.batch(vocabulary=32)
+    rows = probe_on(model, [batch]).per_row(model)
+    log_p = torch.log_softmax(logits_of(model, batch), -1)
+    for i in range(5):
+        positions = [t for t in range(1, 7) if batch["labels"][i, t] != -100]
+        assert rows.tokens[i] == len(positions)
+        expected = -sum(log_p[i, t - 1, batch["labels"][i, t]].item() for t in positions)
+        assert rows.nll_model[i].item() == pytest.approx(expected, abs=1e-9)
+
+
+def left_padded(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same rows, padding moved to the left."""
+    moved = {k: v.clone() for k, v in batch.items()}
+    for i, keep in enumerate(batch["attention_mask"].sum(1).tolist()):
+        for k, v in batch.items():
+            moved[k][i] = v[i].roll(v.shape[1] - keep)
+    return moved
+
+
+def test_neither_padding_side_nor_batch_size_matters() -> None:
+    model = zoo.llama()  # float32: transformers' eager attention makes nan of left padding in float64
+    batch = zoo.batch(vocabulary=32)
+    forms = [[batch], [left_padded(batch)], [{k: v[i : i + 1] for k, v in batch.items()} for i in range(5)]]
+    probes = [probe_on(model, form) for form in forms]
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    first, *others = (probe.per_row(model).kl_base_model for probe in probes)
+    for other in others:
+        torch.testing.assert_close(other, first, rtol=1e-4, atol=1e-7)
+
+
+def test_a_prediction_that_is_not_a_number_is_not_hidden() -> None:
+    broken = torch.tensor([[0.0, math.nan]])
+    d = token_divergences(torch.zeros(1, 2), broken, torch.tensor([0]))
+    assert math.isnan(d.kl_base_model) and math.isnan(d.kl_model_base) and math.isnan(d.entropy_model)
+
+
+def test_the_mean_is_per_token_with_an_error_clustered_by_row() -> None:
+    n, s = torch.tensor([2, 4]), torch.tensor([1.0, 5.0])
+    rows = drift.RowDivergences(n, *[s] * 6)
+    value, error = rows.mean("nll_model")
+    assert value == 1.0
+    assert error == pytest.approx(math.sqrt(2 / 1 * (1 + 1)) / 6)
+
+
+def test_the_clustered_error_is_the_spread_of_the_mean() -> None:
+    """Over repeats of rows with dependent tokens, the reported error matches the scatter of the means."""
+    torch.manual_seed(0)
+    values, errors = [], []
+    for _ in range(2000):
+        tokens = torch.randint(5, 20, (40,))
+        sums = tokens * torch.randn(40)  # all tokens of a row alike
+        value, error = drift.RowDivergences(tokens, *[sums] * 6).mean("nll_model")
+        values.append(value)
+        errors.append(error)
+    assert sum(errors) / len(errors) == pytest.approx(torch.tensor(values).std().item(), rel=0.06)
+
+
+def test_kl_is_the_fisher_form_of_small_drift() -> None:
+    """KL(p0 ‖ pθ) = ½ δᵀFδ + O(‖δ‖³): halving δ divides what is left over by about 8 (docs/theory.md, F4)."""
+    model, batch = zoo.make(zoo.Norms), zoo.batch()
+    probe = DivergenceProbe("p", [batch], forward=zoo.forward)
+    probe.prepare(model, drift.Reference.snapshot(model))
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    start = [p.detach().clone() for p in parameters]
+    torch.manual_seed(3)
+    direction = [torch.randn_like(p) for p in parameters]
+
+    def counted(x: Tensor) -> Tensor:
+        return x[:, :-1][batch["labels"][:, 1:] != -100]
+
+    # Fδ·δ = Σ_positions Var_{v ~ p0}(⟨∇ log p(v), δ⟩): exact, from the logits' directional derivative.
+    def logits_at(scale: float) -> Tensor:
+        with torch.no_grad():
+            for p, s, d in zip(parameters, start, direction, strict=True):
+                p.copy_(s + scale * d)
+            return counted(zoo.forward(model, batch))
+
+    h = 1e-5
+    slope = (logits_at(h) - logits_at(-h)) / (2 * h)
+    p0 = torch.softmax(logits_at(0.0), -1)
+    curvature = ((p0 * slope.square()).sum(-1) - (p0 * slope).sum(-1).square()).sum().item()
+
+    def leftover(scale: float) -> float:
+        logits_at(scale)
+        return abs(probe.per_row(model).kl_base_model.sum().item() - 0.5 * scale**2 * curvature)
+
+    assert leftover(2e-3) < 0.05 * 0.5 * 4e-6 * curvature
+    assert 6 < leftover(2e-3) / leftover(1e-3) < 10
+
+
+def test_a_probe_without_positions_or_batches_is_refused() -> None:
+    with pytest.raises(ValueError, match="probe 'p': batches is empty"):
+        DivergenceProbe("p", [])
+    hidden = zoo.batch() | {"labels": torch.full((5, 7), -100)}
+    with pytest.raises(ValueError, match="probe 'p': no label differs from -100"):
+        DivergenceProbe("p", [hidden])
+    with pytest.raises(RuntimeError, match="probe 'p' is not prepared; call prepare"):
+        DivergenceProbe("p", [zoo.batch()]).per_row(zoo.llama())
+
+
+def test_measuring_leaves_modes_and_random_state_alone() -> None:
+    model = zoo.make(zoo.Dropout)
+    model.train()
+    model.body[1].eval()
+    probe = DivergenceProbe("p", [zoo.batch()], forward=zoo.forward)
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    probe.prepare(model, drift.Reference.snapshot(model))
+    assert probe.per_row(model).kl_base_model.max() == 0  # dropout is off, or it would not be
+    assert torch.equal(torch.rand(3), expected)
+    assert model.training and model.body[2].training and not model.body[1].training
