@@ -15,13 +15,15 @@ from drift.weights import Reference
 Batch = Mapping[str, Any]
 Forward = Callable[[nn.Module, Batch], Tensor]
 IGNORE = -100
+_HUGE = 1e30  # stands for −log 0
 _CHUNK = 256  # positions whose [chunk, V] log-probabilities are in memory at once
 
 
-def logits_of(model: nn.Module, batch: Batch) -> Tensor:
+def logits_of(model: nn.Module, batch: Batch, columns: Tensor | None = None) -> Tensor:
     """The default forward pass: ``model(input_ids, attention_mask, position_ids).logits``, [B, T, V].
 
-    Position ids are counted from the attention mask where the batch has none, so that left padding changes nothing.
+    ``columns`` [C] int64: return the logits of these positions only, [B, C, V]; models that take ``logits_to_keep`` then
+    compute no others. Position ids are counted from the attention mask where the batch has none, so that left padding changes nothing.
     """
     inputs = {k: batch[k] for k in ("input_ids", "attention_mask", "position_ids") if k in batch}
     accepted = signature(model.forward).parameters
@@ -30,7 +32,11 @@ def logits_of(model: nn.Module, batch: Batch) -> Tensor:
         inputs["position_ids"] = inputs["attention_mask"].cumsum(-1).sub(1).clamp(min=0)
     if takes_any or "use_cache" in accepted:
         inputs["use_cache"] = False
-    return model(**inputs).logits
+    if columns is None:
+        return model(**inputs).logits
+    if "logits_to_keep" in accepted:
+        return model(**inputs, logits_to_keep=columns).logits
+    return model(**inputs).logits[:, columns]
 
 
 @dataclass(frozen=True)
@@ -66,7 +72,8 @@ def token_divergences(base: Tensor, model: Tensor, targets: Tensor) -> TokenDive
 
     Log-softmax runs in float32 whatever the input's type (float64 stays), chunk by chunk, so memory stays at a few
     [256, V] blocks. A token that one side excludes (logit :math:`-\infty`) counts 0 where its weight is 0 and makes the KL
-    infinite where it is not. Cost: two log-softmaxes and four weighted sums over N x V.
+    infinite where it is not. The KL keeps its digits when it is small: in float32 about 1e-4 of a KL of 1e-5, where the plain
+    sum is off by a fifth. Cost: two log-softmaxes and a dozen passes over N x V.
 
     >>> d = token_divergences(torch.tensor([[0.0, 0.0]]), torch.log(torch.tensor([[0.25, 0.75]])), torch.tensor([1]))
     >>> round(d.kl_base_model.item(), 6), round(d.nll_model.item(), 6)  # ½ ln(½/¼) + ½ ln(½/¾), −ln ¾
@@ -83,15 +90,29 @@ def token_divergences(base: Tensor, model: Tensor, targets: Tensor) -> TokenDive
 
 def _chunk(base: Tensor, model: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
     log_p, log_q = _log_softmax(base), _log_softmax(model.to(base.device))
-    p, q = log_p.exp(), log_q.exp()
     y = targets.to(base.device).unsqueeze(-1)
+    nll_base, nll_model = (-log.gather(-1, y).squeeze(-1) for log in (log_p, log_q))
+    log_p.clamp_(min=-_HUGE), log_q.clamp_(min=-_HUGE)  # 0 · log 0 is then 0
+    p, q = log_p.exp(), log_q.exp()
+    entropy_base, entropy_model = -_dot(p, log_p), -_dot(q, log_q)
+    cut_by_model, cut_by_base = _excluded(p, log_q), _excluded(q, log_p)
+    d = log_p.sub_(log_q)
+    # Σ(q − p) is 0 but for the rounding of both normalisers, which Σ p d carries in full: adding it takes that error out of
+    # the KL. (With KL = 1e-7 it is several times the KL.) q − p without cancellation: sign(d) max(p, q) (e^−|d| − 1).
+    slack = d.abs().neg_().expm1_().mul_(torch.maximum(p, q)).mul_(d.sign()).sum(-1)
+    # Rounding can leave a KL of equal distributions a hair below 0, which no KL is.
+    forward = (_dot(p, d) + slack).clamp(min=0).masked_fill(cut_by_model, torch.inf)
+    reverse = (-_dot(q, d) - slack).clamp(min=0).masked_fill(cut_by_base, torch.inf)
+    return forward, reverse, entropy_base, entropy_model, nll_base, nll_model
 
-    def expect(weight: Tensor, of: Tensor) -> Tensor:
-        return torch.where(weight == 0, 0.0, weight * of).sum(-1)  # nan stays nan
 
-    # Rounding can leave a KL of nearly equal distributions a hair below 0, which no KL is.
-    return (expect(p, log_p - log_q).clamp(min=0), expect(q, log_q - log_p).clamp(min=0), -expect(p, log_p), -expect(q, log_q),
-            -log_p.gather(-1, y).squeeze(-1), -log_q.gather(-1, y).squeeze(-1))
+def _dot(x: Tensor, y: Tensor) -> Tensor:
+    return torch.linalg.vecdot(x, y)
+
+
+def _excluded(weight: Tensor, log: Tensor) -> Tensor:
+    """Where a token has weight here and none there."""
+    return ((weight > 0) & (log <= -_HUGE)).any(-1)
 
 
 def _log_softmax(logits: Tensor) -> Tensor:
@@ -187,4 +208,7 @@ class DivergenceProbe:
         moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
         labels = moved["labels"][:, 1:]
         row, column = (labels != IGNORE).nonzero(as_tuple=True)
+        if self.forward is logits_of:
+            columns, place = column.unique(return_inverse=True)
+            return logits_of(model, moved, columns)[row, place], labels[row, column], row
         return self.forward(model, moved)[row, column], labels[row, column], row

@@ -5,6 +5,7 @@ row from λ at any step), the same for the same seed, inspectable on disk, and r
 """
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -100,13 +101,13 @@ def make_plan(
         raise UsageError(f"steps must be at least 1, got {steps}")
     if (rows_per_step is None) == (tokens_per_step is None):
         raise UsageError(f"give either rows_per_step or tokens_per_step, got {rows_per_step} and {tokens_per_step}")
-    if rows_per_step is not None and round(rows_per_step * (1 - lam)) < 1:
+    share = Fraction(lam).limit_denominator(10**6)
+    if rows_per_step is not None and rows_per_step * (1 - share) < 1:
         raise UsageError(f"rows_per_step={rows_per_step} at lam={lam} leaves steps without a task row; "
-                         f"use at least {int(np.ceil(1 / (1 - lam)))} rows a step")
+                         f"use at least {math.ceil(1 / (1 - share))} rows a step")
     if tokens_per_step is not None and tokens_per_step < max(task_tokens):
         raise UsageError(f"tokens_per_step={tokens_per_step} is less than the longest task answer "
                          f"({max(task_tokens)} loss tokens); raise it, or shorten the answers")
-    share = Fraction(lam).limit_denominator(10**6)
     task = _endless(len(task_tokens), seed, TASK)
     own = _endless(len(self_tokens), seed, SELF)
     laid: list[tuple[tuple[str, int], ...]] = []

@@ -6,10 +6,12 @@ instruments, calls :func:`fit` and leaves a run folder that says how it came abo
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,7 +33,6 @@ from sasft.settings import option
 from sasft.versions import versions
 
 
-
 @dataclass(kw_only=True)
 class FitSettings:
     """How the weights are moved. Everything here enters the run's identity."""
@@ -45,7 +46,7 @@ class FitSettings:
         "sum", "sum: cross-entropy summed over response tokens, divided by one constant of the run (the plan's mean "
         "number of loss tokens a step), which keeps self-data force-free; mean: the usual mean over the step's tokens")
     precision: Precision = option("bf16", "precision of the forward pass; weights stay in fp32")
-    micro_rows: int = option(32, "rows in memory at once; longer steps accumulate gradients, with the same result")
+    micro_rows: int = option(16, "rows in memory at once, of similar length; longer steps accumulate gradients, with the same result")
     save_every: int = option(50, "steps between the checkpoints that an interrupted run goes on from; 0 for none")
     seed: int = option(0, "seed of everything random: row order, adapters, dropout")
 
@@ -110,10 +111,10 @@ class _Rows(Dataset):
 
 
 class _MicroBatches:
-    """Every step of the plan cut into the same number of micro-batches, none of them empty."""
+    """Every step of the plan cut into the same number of micro-batches, rows of similar length together, none empty."""
 
-    def __init__(self, plan: Plan, micro_rows: int) -> None:
-        self.plan = plan
+    def __init__(self, plan: Plan, rows: Mapping[str, Sequence[Encoded]], micro_rows: int) -> None:
+        self.plan, self.rows = plan, rows
         self.per_step = -(-max(map(len, plan)) // micro_rows)
         if self.per_step > min(map(len, plan)):
             raise UsageError(f"micro_rows={micro_rows} cuts the largest step into {self.per_step} micro-batches, more "
@@ -121,8 +122,10 @@ class _MicroBatches:
 
     def __iter__(self):
         for step in self.plan:
-            for part in range(self.per_step):
-                yield list(step[part::self.per_step])
+            ordered = sorted(step, key=lambda key: len(self.rows[key[0]][key[1]].input_ids))
+            bounds = [part * len(ordered) // self.per_step for part in range(self.per_step + 1)]
+            for begin, end in pairwise(bounds):
+                yield ordered[begin:end]
 
     def __len__(self) -> int:
         return len(self.plan) * self.per_step
@@ -149,10 +152,10 @@ class _Trainer(transformers.Trainer):
 
     loss_is_scaled_for_ga = True  # both losses below are sums over the step: nothing is left to average
 
-    def __init__(self, *, plan: Plan, settings: FitSettings, pad_id: int, **kwargs: Any) -> None:
-        self.batches = _MicroBatches(plan, settings.micro_rows)
+    def __init__(self, *, batches: _MicroBatches, settings: FitSettings, pad_id: int, **kwargs: Any) -> None:
+        self.batches = batches
         self.settings = settings
-        self.divisor = sum(plan.loss_tokens()) / len(plan)
+        self.divisor = sum(batches.plan.loss_tokens()) / len(batches.plan)
         super().__init__(data_collator=lambda rows: collate(rows, pad_id), **kwargs)
         self.model_accepts_loss_kwargs = True  # makes the Trainer count the step's loss tokens
 
@@ -186,11 +189,11 @@ def fit(
     ``rows`` maps each source of the plan (``task``, ``self``) to its encoded rows. Checkpoints go to
     ``out/checkpoints``; if some are there, training goes on from the last.
     """
-    batches_per_step = _MicroBatches(plan, settings.micro_rows).per_step
+    batches = _MicroBatches(plan, rows, settings.micro_rows)
     args = transformers.TrainingArguments(
         output_dir=str(out / "checkpoints"),
         max_steps=len(plan),
-        gradient_accumulation_steps=batches_per_step,
+        gradient_accumulation_steps=batches.per_step,
         learning_rate=settings.lr,
         lr_scheduler_type=settings.schedule,
         warmup_steps=settings.warmup_steps,
@@ -208,7 +211,7 @@ def fit(
         disable_tqdm=not progress,
         use_cpu=next(model.parameters()).device.type == "cpu",
     )
-    trainer = _Trainer(model=model, args=args, train_dataset=_Rows(rows), plan=plan, settings=settings, pad_id=pad_id,
+    trainer = _Trainer(model=model, args=args, train_dataset=_Rows(rows), batches=batches, settings=settings, pad_id=pad_id,
                        callbacks=list(callbacks))
     if not progress:
         trainer.remove_callback(transformers.PrinterCallback)
@@ -268,6 +271,7 @@ def train(settings: TrainSettings) -> dict[str, Any]:
     summary = {"mix": plan.report(), "weights_sha256": weights_hash(model), "recorded": recorded,
                "loss": [entry["loss"] for entry in log if "loss" in entry]}
     write_json(done, summary)
+    shutil.rmtree(out / "checkpoints", ignore_errors=True)  # three times the model's size, and of no use any more
     return summary
 
 

@@ -3,11 +3,12 @@
 import gc
 import json
 import os
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from dataclasses import dataclass, field
-from multiprocessing import get_context
+from dataclasses import dataclass
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from sasft.models import load_model
 from sasft.train import FitSettings, fit
 from studies.stats import Scores
 
+_EVAL_ROWS = 8
 METRICS = ("kl_base_model", "kl_model_base", "entropy_base", "entropy_model", "nll_base", "nll_model")
 
 
@@ -31,7 +33,7 @@ class Arm:
     """One way of training: which pool is the task's, which is mixed in, and how many loss tokens a step takes.
 
     ``matched_to`` names an arm whose loss tokens a step this one is given (of the task alone): the control that
-    repeats the task instead of mixing. ``record`` keeps per-layer drift, alignment and KL along the run.
+    repeats the task instead of mixing. ``record`` keeps per-layer drift along the run and, where self-data are mixed in, one seed's alignment at its ends.
     """
 
     name: str
@@ -52,6 +54,7 @@ class TrainingSettings:
     seeds: int
     record_every: int
     align_rows: int
+    attention: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +69,6 @@ class Job:
     folder: Path
     pad_id: int
     threads: int
-    seeds: tuple[int, ...] = field(default=())
 
 
 def plan_for(arm: Arm, arms: Sequence[Arm], settings: TrainingSettings, train: Mapping[str, Sequence[Encoded]],
@@ -122,9 +124,14 @@ _worker: "Worker"
 
 def _start_worker(job: Job) -> None:
     global _worker
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(job.threads)
     _worker = Worker(job)
+
+
+def _end_with_parent() -> None:
+    parent_process().join()
+    os._exit(1)  # a killed parent can't stop its workers, and nobody would wait for what they do
 
 
 def _run_one(arm: str, seed: int) -> str:
@@ -138,12 +145,15 @@ class Worker:
     def __init__(self, job: Job) -> None:
         self.job = job
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model, _ = load_model(job.model, device=device)
+        self.model, _ = load_model(job.model, device=device, attention=job.settings.attention)
         self.reference = drift.Reference.snapshot(self.model)
         self.probes = {name: self._divergence(name, rows) for name, rows in job.held_out.items()}
 
     def _divergence(self, name: str, rows: Sequence[Encoded]) -> drift.DivergenceProbe:
-        probe = drift.DivergenceProbe(name, [collate(rows, self.job.pad_id)])
+        # In batches of similar length; items stay the same in every arm, so they pair whatever their order.
+        ordered = sorted(rows, key=lambda row: len(row.input_ids))
+        batches = [collate(ordered[i : i + _EVAL_ROWS], self.job.pad_id) for i in range(0, len(ordered), _EVAL_ROWS)]
+        probe = drift.DivergenceProbe(name, batches)
         probe.prepare(self.model, self.reference)
         return probe
 
@@ -176,10 +186,11 @@ class Worker:
     def _recorder(self, arm: Arm, seed: int, out: Path) -> Any:
         n = self.job.settings.align_rows
         sources = {"task": self.job.held_out["gold_raw"][:n], "self": self.job.held_out["self_exact"][:n]}
-        alignment = drift.AlignmentProbe("align", {s: [collate(r, self.job.pad_id)] for s, r in sources.items()})
+        alignment = drift.AlignmentProbe("align", {s: [collate(r, self.job.pad_id)] for s, r in sources.items()},
+                                         every=self.job.settings.steps)  # at both ends of the run
         return drift.DriftCallback(
             out=out, run=f"{arm.name}/seed{seed}", every=self.job.settings.record_every, reference=self.reference,
-            probes=[alignment, self.probes["self_exact"], self.probes["human_text"]])
+            probes=[alignment] if arm.self_data and seed == 0 else [])
 
 
 def scores(results: Mapping[tuple[str, int], Mapping], arm: str, probe: str, metric: str, seeds: int) -> Scores:

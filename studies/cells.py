@@ -17,13 +17,14 @@ import json
 import pydoc_data.topics
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from sasft.chat import Chat, Encoded
 from sasft.data import Row, write_json
+from sasft.errors import UsageError
 from sasft.restyle import restyle
 from sasft.sampling import EXACT, PAPER, Sampler
 from sasft.selfdialogue import Writer, answer, answer_until, generate
@@ -46,7 +47,7 @@ class DataSettings:
     max_answer_tokens: int
     max_user_tokens: int
     tries: int
-    text_passages: int
+    passages: int
     passage_tokens: int
     data_seed: int = 0
 
@@ -74,6 +75,9 @@ def build(writer: Writer, settings: DataSettings, folder: Path) -> StudyData:
         exact, {k: (text, _reveal(by_key[k], task.sentence(by_key[k]))) for k, text in prompts.items()},
         lambda key, row: row.finished and task.check(by_key[key], row.response),
         folder / "own_new.jsonl", source="own_new", tries=settings.tries, seed=settings.data_seed)
+    if 4 * len(own_new) < len(prompts):
+        raise UsageError(f"the model stated the truth in its own words for too few problems: it failed {len(prompts) - len(own_new)} "
+                         f"of the {len(prompts)} problems in {settings.tries} tries each; raise tries, or choose an easier task")
     kept = [row.id.rsplit("/", 1)[0] for row in own_new]
     own_old = answer(exact, {k: prompts[k] for k in prompts}, folder / "own_old.jsonl", source="own_old",
                      seed=settings.data_seed)
@@ -90,8 +94,7 @@ def build(writer: Writer, settings: DataSettings, folder: Path) -> StudyData:
 
     held_out = {
         "gold_raw": [_encode_gold(chat, f"{p.question} {ONE_SENTENCE}", task.worked(p)) for p in test],
-        "gold_sentence": [_encode_gold(chat, f"{p.question} {ONE_SENTENCE}", task.sentence(p)) for p in test],
-        "human_text": _passages(chat, settings.text_passages, settings.passage_tokens),
+        **_human(chat, settings.passages, settings.passage_tokens),
     }
     for name, sampler in SAMPLERS.items():
         rows = generate(_with_sampler(writer, sampler, settings.max_answer_tokens),
@@ -112,9 +115,7 @@ def build(writer: Writer, settings: DataSettings, folder: Path) -> StudyData:
 
 
 def _with_sampler(writer: Writer, sampler: Sampler, max_new_tokens: int) -> Writer:
-    sampler = Sampler(temperature=sampler.temperature, top_p=sampler.top_p, max_new_tokens=max_new_tokens)
-    return Writer(model=writer.model, chat=writer.chat, sampler=sampler, provenance=writer.provenance,
-                  precision=writer.precision, batch_size=writer.batch_size)
+    return replace(writer, sampler=replace(sampler, max_new_tokens=max_new_tokens))
 
 
 def _reveal(problem: Problem, sentence: str) -> str:
@@ -131,24 +132,26 @@ def _shuffled(rows: Sequence[Encoded], seed: int) -> list[Encoded]:
     return [row.with_response(rng.permutation(row.response_ids).tolist()) for row in rows]
 
 
-def _passages(chat: Chat, n: int, tokens: int) -> list[Encoded]:
-    """``n`` passages of human prose, ``tokens`` scored tokens each: the language reference in the standard library.
+def _human(chat: Chat, n: int, tokens: int) -> dict[str, list[Encoded]]:
+    """``n`` passages of human prose as plain text and as answers in a chat: the language reference in the standard library.
 
     Its text varies between Python versions; the study records the hash of what it read.
     """
-    prose = [
-        " ".join(paragraph.split())
-        for topic in sorted(pydoc_data.topics.topics)
-        for paragraph in re.split(r"\n\s*\n", pydoc_data.topics.topics[topic])
-        if len(paragraph.split()) >= 60 and not re.search(r"::=|\n {6,}|>>>|\*\*\*", paragraph)
-    ]
-    passages = []
-    for text in dict.fromkeys(prose):  # topics share paragraphs
-        ids = chat.tokenizer(text, add_special_tokens=False).input_ids
-        if len(ids) > tokens:
-            passages.append(Encoded.text(ids[: tokens + 1]))
-    order = np.random.default_rng(0).permutation(len(passages))[:n]
-    return [passages[i] for i in order]
+    found: dict[tuple[int, ...], str] = {}  # topics share paragraphs
+    for topic, content in sorted(pydoc_data.topics.topics.items()):
+        for paragraph in re.split(r"\n\s*\n", content):
+            if len(paragraph.split()) >= 50 and not re.search(r"::=|\n {6,}|>>>|\*\*\*", paragraph):
+                ids = chat.tokenizer(" ".join(paragraph.split()), add_special_tokens=False).input_ids
+                if len(ids) > tokens:
+                    found.setdefault(tuple(ids[: tokens + 1]), topic)
+                    break
+    passages = list(found)
+    chosen = [passages[i] for i in np.random.default_rng(0).permutation(len(passages))[:n]]
+    return {
+        "human_text": [Encoded.text(ids) for ids in chosen],
+        "human_chat": [chat.encode(({"role": "user", "content": f"Tell me about {found[ids]!r} in Python."},), ids,
+                                   finished=False) for ids in chosen],
+    }
 
 
 def _write_examples(path: Path, chat: Chat, train: Mapping[str, list[Encoded]]) -> None:

@@ -52,6 +52,8 @@ def test_an_excluded_token_costs_nothing_where_it_has_no_weight_and_everything_w
     assert d.kl_base_model.item() == math.inf
     assert d.kl_model_base.item() == pytest.approx(math.log(3 / 2))
     assert d.entropy_model.item() == pytest.approx(math.log(2))
+    rare = torch.tensor([[0.0, 0.0, -80.0]])  # however little weight it has
+    assert token_divergences(rare, cut, torch.tensor([0])).kl_base_model.item() == math.inf
 
 
 @pytest.mark.parametrize("base, model, targets", [((3, 4), (3, 5), 3), ((3, 4), (3, 4), 2), ((2, 3, 4), (2, 3, 4), 2)])
@@ -203,3 +205,14 @@ def test_measuring_leaves_modes_and_random_state_alone() -> None:
     assert probe.per_row(model).kl_base_model.max() == 0  # dropout is off, or it would not be
     assert torch.equal(torch.rand(3), expected)
     assert model.training and model.body[2].training and not model.body[1].training
+
+
+@pytest.mark.parametrize("size, tolerance", [(1.0, 1e-4), (1e-2, 1e-3), (1e-3, 1e-2)])
+def test_a_small_kl_keeps_its_digits_in_float32(size: float, tolerance: float) -> None:
+    torch.manual_seed(0)
+    base = 3 * torch.randn(8, 49_152)
+    model = base + size * torch.randn_like(base)
+    targets = torch.zeros(8, dtype=torch.long)
+    measured, exact = token_divergences(base, model, targets), token_divergences(base.double(), model.double(), targets)
+    for name in ("kl_base_model", "kl_model_base"):
+        torch.testing.assert_close(getattr(measured, name).double(), getattr(exact, name), rtol=tolerance, atol=0)

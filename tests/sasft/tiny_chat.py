@@ -1,9 +1,13 @@
-"""Tokenizers small enough to read: one token a byte, and the special tokens that are asked for."""
+"""Tokenizers small enough to read (one token a byte, and the special tokens asked for), and a model that chats with them."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
+import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from sasft.chat import Chat
 
 CHATML = (
     "{% for m in messages %}{% if loop.first and m.role != 'system' %}"
@@ -36,3 +40,31 @@ def tokenizer(
                                    name_or_path="tiny")
     made.chat_template = template
     return made
+
+
+def chatty(seed: int = 0, *, end: float = 1.0) -> LlamaForCausalLM:
+    """A two-layer Llama that writes lower-case letters and spaces, and ends its turn now and then (``end``: how readily)."""
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=259, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, tie_word_embeddings=False, max_position_embeddings=512, initializer_range=0.1,
+        pad_token_id=0, bos_token_id=0, eos_token_id=2))
+    letters = tokenizer()("abcdefghijklmnopqrstuvwxyz ").input_ids
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:, 0] = 5.0  # a feature that is always on, for the head to build on
+        model.lm_head.weight[:, 0] = -3.0
+        model.lm_head.weight[letters, 0] = 0.0
+        model.lm_head.weight[2, 0] = 0.4 * end
+    return model.eval()
+
+
+def save_chatty(folder: Path, seed: int = 0, **kwargs) -> Path:
+    """The model with its tokenizer, as a folder."""
+    chatty(seed).save_pretrained(folder)
+    tokenizer(**kwargs).save_pretrained(folder)
+    return folder
+
+
+def chat() -> Chat:
+    """The tiny tokenizer's chat."""
+    return Chat(tokenizer())

@@ -1,0 +1,205 @@
+"""What is recorded, when, and that nothing of it stays behind in the model."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from torch import nn
+
+import drift
+from drift.table import Row, Table
+from tests.drift import zoo
+
+
+class Counter:
+    """A probe that reports how often it was asked."""
+
+    def __init__(self, name: str = "counter", every=None) -> None:
+        self.name, self.every, self.prepared, self.calls = name, every, 0, 0
+
+    def prepare(self, model, reference) -> None:
+        self.prepared += 1
+
+    def rows(self, model, step: int) -> list[Row]:
+        self.calls += 1
+        return [Row(step=step, metric="calls", source=self.name, value=float(self.calls))]
+
+
+def walk(model: nn.Module, recorder: drift.Recorder, steps: int, size: float = 0.1) -> list[dict[str, float]]:
+    """Move every weight by ``size`` a step."""
+    logged = []
+    for _ in range(steps):
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(size)
+        logged.append(recorder.step())
+    return logged
+
+
+def values(table, metric: str, **where) -> dict[int, float]:
+    return {r["step"]: r["value"] for r in table.to_pylist()
+            if r["metric"] == metric and all(r[k] == v for k, v in where.items())}
+
+
+def test_drift_of_every_part_and_of_the_whole(tmp_path: Path) -> None:
+    model = zoo.llama()
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    with drift.record(model, tmp_path) as rec:
+        walk(model, rec, 2)
+    table = drift.read_table(tmp_path)
+    delta = {n: (p - before[n]).double() for n, p in model.named_parameters()}
+    for name, d in delta.items():
+        assert values(table, "drift/l2", module=name)[2] == pytest.approx(d.norm().item(), rel=1e-6)
+        assert values(table, "drift/rel", module=name)[2] == pytest.approx(
+            (d.norm() / before[name].double().norm()).item(), rel=1e-6)
+    whole = math.sqrt(sum(d.square().sum().item() for d in delta.values()))
+    assert values(table, "drift/l2", module="", layer=None)[2] == pytest.approx(whole, rel=1e-6)
+    block = [d for n, d in delta.items() if n.startswith("model.layers.1.")]
+    assert values(table, "drift/l2", module="", layer=1)[2] == pytest.approx(
+        math.sqrt(sum(d.square().sum().item() for d in block)), rel=1e-6)
+    assert values(table, "drift/l2", module="", layer=None)[0] == 0
+
+
+def test_schedule_includes_the_first_and_the_last_step(tmp_path: Path) -> None:
+    model, probe, rare = nn.Linear(2, 2), Counter(), Counter("rare", every=4)
+    with drift.record(model, tmp_path, every=2, probes=[probe, rare]) as rec:
+        logged = walk(model, rec, 5)
+    table = drift.read_table(tmp_path)
+    assert sorted(values(table, "calls", source="counter")) == [0, 2, 4, 5]
+    assert sorted(values(table, "calls", source="rare")) == [0, 4, 5]
+    assert [bool(x) for x in logged] == [False, True, False, True, False]
+    assert logged[1] == {"drift/l2": pytest.approx(0.2 * math.sqrt(6)), "drift/rel": logged[1]["drift/rel"], "calls/counter": 2.0}
+    assert probe.prepared == 1 and rec.recordings == 4 and rec.overhead > 0
+
+
+def test_a_schedule_may_be_any_function_of_the_step() -> None:
+    model = nn.Linear(1, 1)
+    with drift.record(model, every=lambda step: step in (1, 4)) as rec:
+        walk(model, rec, 6)
+    assert sorted(values(rec.table(), "drift/l2", module="", layer=None)) == [0, 1, 4, 6]
+
+
+def test_the_table_is_readable_while_training_runs_and_after_an_error(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    with pytest.raises(RuntimeError, match="boom"), drift.record(model, tmp_path) as rec:
+        walk(model, rec, 1)
+        assert set(values(drift.read_table(tmp_path), "drift/l2", module="weight")) == {0, 1}
+        raise RuntimeError("boom")
+    assert set(values(drift.read_table(tmp_path), "drift/l2", module="weight")) == {0, 1}
+    assert json.loads((tmp_path / "drift" / "meta.json").read_text())["last_step"] == 1
+
+
+def test_meta_says_how_it_came_about(tmp_path: Path) -> None:
+    model = zoo.make(zoo.Frozen)
+    probe = drift.AlignmentProbe("a", {"x": [zoo.batch(seed=1)], "y": [zoo.batch(seed=2)]}, forward=zoo.forward)
+    with drift.record(model, tmp_path, probes=[probe], run="mine", config={"lr": 0.1}):
+        pass
+    meta = json.loads((tmp_path / "drift" / "meta.json").read_text())
+    assert meta["run"] == "mine" and meta["config"] == {"lr": 0.1} and meta["versions"]["torch"]
+    assert meta["trainable_parameters"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert meta["coverage"] == {"a": {"covered": 1.0, "missing": []}} and meta["overhead_seconds"] >= 0
+    assert pq.read_schema(next((tmp_path / "drift").glob("*.parquet"))).names == [
+        "run", "step", "metric", "layer", "module", "source", "value", "stderr", "n_tokens"]
+
+
+def test_a_resumed_recording_drops_what_came_later_and_keeps_the_rest(tmp_path: Path) -> None:
+    def train(steps: int, start: int, model, reference) -> None:
+        with drift.record(model, tmp_path, reference=reference, start_step=start) as rec:
+            walk(model, rec, steps)
+
+    model = nn.Linear(2, 2)
+    reference = drift.Reference.snapshot(model)
+    train(3, 0, model, reference)
+    with torch.no_grad():  # back to where a checkpoint of step 1 was
+        for p in model.parameters():
+            p.sub_(0.2)
+    train(3, 1, model, reference)
+    measured = values(drift.read_table(tmp_path), "drift/l2", module="bias")
+    assert sorted(measured) == [0, 1, 2, 3, 4]
+    for step, value in measured.items():
+        assert value == pytest.approx(0.1 * step * math.sqrt(2), rel=1e-5)
+
+
+def test_resuming_without_the_base_is_refused() -> None:
+    with pytest.raises(ValueError, match="reference is missing: at start_step=3 the model has left"):
+        drift.record(nn.Linear(1, 1), start_step=3)
+
+
+def test_a_new_run_in_the_same_folder_starts_an_empty_table(tmp_path: Path) -> None:
+    for steps in (4, 1):
+        model = nn.Linear(1, 1)
+        with drift.record(model, tmp_path) as rec:
+            walk(model, rec, steps)
+    assert sorted(values(drift.read_table(tmp_path), "drift/l2", module="bias")) == [0, 1]
+
+
+def test_recording_changes_no_weight_and_no_random_number() -> None:
+    def train(recorded: bool) -> torch.Tensor:
+        torch.manual_seed(0)
+        model = zoo.make(zoo.Dropout)
+        model.train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        probes = [drift.DivergenceProbe("kl", [zoo.batch()], forward=zoo.forward),
+                  drift.AlignmentProbe("a", {"x": [zoo.batch(seed=1)], "y": [zoo.batch(seed=2)]}, forward=zoo.forward)]
+        with drift.record(model, probes=probes) if recorded else drift.record(nn.Linear(1, 1)) as rec:
+            for _ in range(3):
+                zoo.forward(model, zoo.batch()).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                rec.step()
+        return model.head.weight.detach()
+
+    assert torch.equal(train(True), train(False))
+
+
+@pytest.mark.parametrize("every", [0, -1])
+def test_an_impossible_schedule_is_refused(every: int) -> None:
+    with pytest.raises(ValueError, match=f"every must be at least 1 step .* got {every}"):
+        drift.record(nn.Linear(1, 1), every=every)
+
+
+def test_probes_of_one_name_are_refused() -> None:
+    with pytest.raises(ValueError, match="probes must have different names"):
+        drift.record(nn.Linear(1, 1), probes=[Counter(), Counter()])
+
+
+def test_a_reference_of_another_model_is_refused() -> None:
+    with pytest.raises(ValueError, match="weight"), drift.record(nn.Linear(2, 2), reference=drift.Reference.snapshot(nn.Linear(2, 3))):
+        pass
+
+
+def test_an_unwritable_folder_is_named_before_training(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="can't record to .*file.*choose another out"):
+        drift.record(nn.Linear(1, 1), tmp_path / "file")
+
+
+def test_a_full_disk_leaves_the_earlier_recordings_readable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = Table(tmp_path, "run")
+    table.add(0, [Row(step=0, metric="m", value=1.0)])
+
+    def full(*args) -> None:
+        Path(args[1]).write_bytes(b"PAR1 half a file")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("drift.table.pq.write_table", full)
+    with pytest.raises(OSError, match="recording step 1 .*No space left on device.*before it are whole and readable"):
+        table.add(1, [Row(step=1, metric="m", value=2.0)])
+    assert values(drift.read_table(tmp_path), "m") == {0: 1.0}
+    assert [p.name for p in (tmp_path / "drift").iterdir()] == ["part-000000000.parquet"]
+
+
+def test_reading_a_folder_without_a_recording_says_so(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="nothing is recorded under"):
+        drift.read_table(tmp_path)
+
+
+def test_importing_drift_does_not_import_transformers() -> None:
+    code = ("import sys, drift; heavy = {'transformers', 'peft', 'trl', 'sklearn', 'matplotlib', 'sasft'} & set(sys.modules); "
+            "assert not heavy, heavy")
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])

@@ -1,0 +1,96 @@
+"""The command line: what it does, and what it says when it can't."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import sasft.cli
+from sasft.cli import main
+from sasft.data import read_rows
+from tests.sasft import tiny_chat
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    tiny_chat.save_chatty(tmp_path / "model")
+    lines = [{"prompt": f"Tell me {i}", "response": f"It is {i}, and nothing else."} for i in range(12)]
+    (tmp_path / "task.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return tmp_path
+
+
+def sasft_command(folder: Path, command: str, **options) -> int:
+    given = {"model": folder / "model", **options} if command != "restyle" else options
+    return main([command, *(str(x) for k, v in given.items() for x in (f"--{k}", v))])
+
+
+def test_generate_train_show_and_restyle(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    assert sasft_command(folder, "generate", out=folder / "self.jsonl", n=12, max_new_tokens=12, batch_size=4,
+                         precision="fp32") == 0
+    assert json.loads(capsys.readouterr().out)["rows"] == 12
+    assert sasft_command(folder, "train", task=folder / "task.jsonl", self_data=folder / "self.jsonl", out=folder / "run",
+                         steps=2, rows_per_step=4, record_every=1, probe_rows=3, precision="fp32") == 0
+    said = capsys.readouterr()
+    assert f"run folder: {folder / 'run'}" in said.out and "12 rows" in said.err
+    assert json.loads(said.out.rsplit("run folder", 1)[0])["mix"]["lambda_rows"] == 0.5
+    assert sasft_command(folder, "show", file=folder / "task.jsonl", n=2) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("--- ") == 2 and "\x1b[1;32m" in shown and "in the loss" in shown
+    assert sasft_command(folder, "restyle", file=folder / "task.jsonl", style="capitals", out=folder / "caps.jsonl") == 0
+    assert read_rows(folder / "caps.jsonl")[3].response == "IT IS 3, AND NOTHING ELSE."
+
+
+def test_a_yaml_file_gives_what_the_command_line_leaves_open(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    (folder / "c.yaml").write_text(f"model: {folder / 'model'}\nn: 4\nmax_new_tokens: 8\nprecision: fp32\n")
+    assert main(["generate", "--config", str(folder / "c.yaml"), "--out", str(folder / "s.jsonl"), "--n", "3"]) == 0
+    assert json.loads(capsys.readouterr().out)["rows"] == 3
+    assert read_rows(folder / "s.jsonl")[0].meta["sampler"] == {"temperature": 0.7, "top_p": 0.9, "max_new_tokens": 8}
+
+
+def test_help_lists_the_commands_and_their_options(capsys: pytest.CaptureFixture) -> None:
+    assert main(["--help"]) == 0
+    assert all(name in capsys.readouterr().out for name in ("generate", "train", "show", "restyle"))
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    said = capsys.readouterr().out
+    assert "--lam" in said and "share of self rows in the mix" in said
+
+
+@pytest.mark.parametrize("argv, message", [
+    ([], "usage: sasft COMMAND"),
+    (["fly"], "unknown command 'fly'"),
+    (["generate"], "--out is missing: JSONL file to write"),
+    (["show"], "--file is missing"),
+    (["train"], "task is missing"),
+    (["train", "--task", "t", "--out", "o", "--lam", "1.5"], "lam (the share of self rows) must lie in [0, 1), got 1.5"),
+    (["train", "--task", "t", "--out", "o"], "lam is 0.5, but self_data names no file"),
+    (["train", "--task", "none.jsonl", "--lam", "0", "--out", "{tmp}/o"], "none.jsonl"),
+    (["generate", "--out", "{tmp}/s.jsonl", "--model", "smollm2"], "smollm2-135m-instruct"),
+    (["generate", "--out", "{tmp}/s.jsonl", "--temperature", "0"], "temperature must be > 0"),
+    (["generate", "--config"], "--config needs the name of a YAML file"),
+    (["generate", "--config", "{tmp}/none.yaml"], "none.yaml can't be read"),
+    (["generate", "--config", "{tmp}/odd.yaml"], "unknown settings: fun; there are batch_size"),
+    (["restyle", "--file", "{tmp}/t.jsonl", "--style", "baroque", "--out", "{tmp}/r.jsonl"], "telegraphic"),
+    (["restyle", "--file", "{tmp}/t.jsonl", "--style", "capitals", "--out", "{tmp}/t.jsonl"], "exists already"),
+])
+def test_bad_input_is_named_without_a_traceback(tmp_path: Path, argv, message: str, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "odd.yaml").write_text("fun: 3\n")
+    (tmp_path / "t.jsonl").write_text('{"prompt": "Hi", "response": "Hello there."}\n')
+    assert main([a.replace("{tmp}", str(tmp_path)) for a in argv]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_restyle_that_fails_leaves_no_file(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "t.jsonl").write_text('{"prompt": "Hi", "response": "Hello there."}\n')
+    out = tmp_path / "r.jsonl"
+    assert main(["restyle", "--file", str(tmp_path / "t.jsonl"), "--style", "baroque", "--out", str(out)]) == 2
+    assert not out.exists()
+
+
+def test_ctrl_c_says_that_the_command_goes_on(folder: Path, capsys: pytest.CaptureFixture, monkeypatch) -> None:
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sasft.cli, "generate", stop)
+    assert sasft_command(folder, "generate", out=folder / "self.jsonl") == 130
+    assert "the same command goes on from there" in capsys.readouterr().err

@@ -1,0 +1,271 @@
+"""Training against a loop written out, and the ways in which two trainings must be one."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+import drift
+from sasft.chat import Encoded, collate
+from sasft.errors import UsageError
+from sasft.mixing import SELF, TASK, make_plan
+from sasft.models import LoraSettings, load_model, weights_hash
+from sasft.train import FitSettings, TrainSettings, fit, response_loss, train
+from tests.sasft import tiny_chat
+
+QUESTIONS = ["What is it?", "Why?", "Say a word, please.", "How many are there?", "Go on", "And then?", "Who says so?", "Where?"]
+
+
+def encoded(n: int = 8, answer: str = "it is so") -> list[Encoded]:
+    chat = tiny_chat.chat()
+    return [chat.encode(({"role": "user", "content": q},), f"{answer}{' indeed' * (i % 3)}") for i, q in enumerate(QUESTIONS[:n])]
+
+
+def rows() -> dict[str, list[Encoded]]:
+    return {TASK: encoded(), SELF: encoded(6, "well well")}
+
+
+def plan_of(rows, lam: float = 0.5, steps: int = 6, **kwargs):
+    return make_plan([r.loss_tokens for r in rows[TASK]], [r.loss_tokens for r in rows[SELF]] if lam else [], steps=steps,
+                     lam=lam, **{"rows_per_step": 4, **kwargs})
+
+
+SETTINGS = {"lr": 1e-2, "precision": "fp32", "schedule": "constant", "save_every": 0, "micro_rows": 8}
+
+
+def run(out: Path, *, lam: float = 0.5, callbacks=(), steps: int = 6, rows_per_step: int = 4, **settings):
+    model, data = tiny_chat.chatty(), rows()
+    log = fit(model, data, plan_of(data, lam, steps, rows_per_step=rows_per_step), FitSettings(**{**SETTINGS, **settings}),
+              pad_id=0, out=out, callbacks=callbacks, progress=False)
+    return model, [e["loss"] for e in log if "loss" in e]
+
+
+def distance(a, b) -> float:
+    return max((x - y).abs().max().item() for x, y in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def test_the_loss_is_the_sum_over_response_tokens() -> None:
+    model, data = tiny_chat.chatty(), encoded()
+    expected = 0.0
+    for row in data:
+        log_p = torch.log_softmax(model(torch.tensor([row.input_ids])).logits[0], -1)
+        expected -= sum(log_p[t - 1, label].item() for t, label in enumerate(row.labels) if label != -100)
+    assert response_loss(model, collate(data, 0)).item() == pytest.approx(expected, rel=1e-5)
+    assert sum(r.loss_tokens for r in data) == sum(len(r.response_ids) + 1 for r in data)  # end of turn included
+
+
+@pytest.mark.parametrize("loss", ["sum", "mean"])
+def test_training_is_a_plain_loop(tmp_path: Path, loss: str) -> None:
+    trained, losses = run(tmp_path, loss=loss, rows_per_step=5)
+    model, data = tiny_chat.chatty(), rows()
+    plan = plan_of(data, rows_per_step=5)
+    divisor = sum(plan.loss_tokens()) / len(plan)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    for step, tokens, logged in zip(plan, plan.loss_tokens(), losses, strict=True):
+        total = sum(response_loss(model, collate([data[source][i]], 0)) for source, i in step)
+        value = total / (divisor if loss == "sum" else tokens)
+        assert logged == pytest.approx(value.item(), rel=1e-3)  # the Trainer rounds what it logs
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert distance(trained, model) < 2e-4
+    assert distance(tiny_chat.chatty(), model) > 1e-2
+
+
+def test_micro_batches_change_nothing(tmp_path: Path) -> None:
+    whole, losses = run(tmp_path / "a")
+    parts, same = run(tmp_path / "b", micro_rows=1)
+    assert same == pytest.approx(losses, rel=1e-3) and distance(whole, parts) < 2e-4
+
+
+def test_without_self_rows_it_is_the_task_alone(tmp_path: Path) -> None:
+    """λ = 0 with self rows at hand, and no self rows at all: one and the same run."""
+    data = rows()
+    a, b = tiny_chat.chatty(), tiny_chat.chatty()
+    for model, given, own in ((a, data, [r.loss_tokens for r in data[SELF]]), (b, {TASK: data[TASK], SELF: []}, [])):
+        plan = make_plan([r.loss_tokens for r in data[TASK]], own, steps=4, rows_per_step=4, lam=0.0)
+        fit(model, given, plan, FitSettings(**SETTINGS), pad_id=0, out=tmp_path, progress=False)
+    assert distance(a, b) == 0
+
+
+def test_a_seed_gives_the_same_run_twice(tmp_path: Path) -> None:
+    (a, first), (b, second) = run(tmp_path / "a"), run(tmp_path / "b")
+    assert weights_hash(a) == weights_hash(b) and first == second
+
+
+def test_a_stopped_run_ends_where_a_whole_one_does(tmp_path: Path) -> None:
+    class Stop(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs) -> None:
+            if state.global_step == 5:
+                raise KeyboardInterrupt
+
+    whole, losses = run(tmp_path / "whole", schedule="linear", save_every=2)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "parts", schedule="linear", save_every=2, callbacks=[Stop()])
+    resumed, rest = run(tmp_path / "parts", schedule="linear", save_every=2)
+    assert distance(whole, resumed) == 0 and rest == losses
+
+
+def test_bf16_leaves_the_weights_in_float32(tmp_path: Path) -> None:
+    model, _ = run(tmp_path, precision="bf16")
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert "autocast" not in repr(type(model.forward)) and model(torch.tensor([[5, 6]])).logits.dtype == torch.float32
+
+
+def test_a_step_that_cannot_be_cut_evenly_is_refused(tmp_path: Path) -> None:
+    data = {TASK: encoded() + [tiny_chat.chat().encode(({"role": "user", "content": "x"},), "y" * 60)], SELF: []}
+    plan = make_plan([r.loss_tokens for r in data[TASK]], steps=4, tokens_per_step=61, seed=0)
+    assert min(map(len, plan)) == 1
+    with pytest.raises(UsageError, match="micro_rows=1 cuts the largest step into .* raise micro_rows"):
+        fit(tiny_chat.chatty(), data, plan, FitSettings(**{**SETTINGS, "micro_rows": 1}), pad_id=0, out=tmp_path)
+
+
+# --- from files -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    tiny_chat.save_chatty(tmp_path / "model")
+    task = [{"prompt": f"{q} {i}", "response": "it is so"} for i, q in enumerate(QUESTIONS * 2)]
+    own = [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": "well well"}]} for q in QUESTIONS * 2]
+    for name, lines in (("task", task), ("self", own)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return tmp_path
+
+
+def settings(folder: Path, **kwargs) -> TrainSettings:
+    return TrainSettings(**{**SETTINGS, "model": str(folder / "model"), "task": str(folder / "task.jsonl"), "steps": 4,
+                            "self_data": str(folder / "self.jsonl"), "out": str(folder / "run"), "rows_per_step": 4,
+                            "record_every": 2, "probe_rows": 4, "save_every": 2, **kwargs})
+
+
+def read(path: Path):
+    return json.loads(path.read_text())
+
+
+def test_a_run_folder_says_how_it_came_about(folder: Path) -> None:
+    summary = train(settings(folder))
+    out = folder / "run"
+    config = read(out / "config.json")
+    assert config["identity"]["settings"]["lr"] == 1e-2 and set(config["identity"]["data_sha256"]) == {"task", "self"}
+    assert config["versions"]["torch"] == torch.__version__
+    assert read(out / "mix.json") == summary["mix"] and summary["mix"]["lambda_rows"] == 0.5
+    assert len((out / "plan.jsonl").read_text().splitlines()) == 4
+    assert len(summary["loss"]) == 4 and read(out / "summary.json") == summary
+    assert not (out / "checkpoints").exists()
+    model, _ = load_model(str(out / "model"), device="cpu")
+    assert weights_hash(model) == summary["weights_sha256"]
+
+
+def test_everything_asked_for_is_recorded(folder: Path) -> None:
+    (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog " * 20)
+    train(settings(folder, general_text=str(folder / "text.txt")))
+    table = drift.read_table(folder / "run").to_pylist()
+    found = {(r["metric"], r["source"]) for r in table}
+    for source in ("task", "self", "general_text"):
+        assert {(m, source) for m in ("kl/base_model", "kl/model_base", "nll/model", "entropy/model")} <= found
+    assert {("align/cos", "task|self"), ("align/inner", "task|self"), ("style/distance", "self-prompts")} <= found
+    assert {r["step"] for r in table} == {0, 2, 4}
+    assert {r["layer"] for r in table if r["metric"] == "align/inner"} == {None, 0, 1}
+    at_base = {(r["metric"], r["source"]): r["value"] for r in table if r["step"] == 0 and r["layer"] is None and not r["module"]}
+    assert at_base["kl/base_model", "self"] == 0 and at_base["drift/l2", ""] == 0
+
+
+def test_the_same_call_again_returns_the_finished_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = train(settings(folder))
+    monkeypatch.setattr("sasft.train.load_model", None)  # nothing is loaded any more
+    assert train(settings(folder)) == first
+
+
+def test_another_configuration_in_the_same_folder_is_refused(folder: Path) -> None:
+    train(settings(folder))
+    with pytest.raises(UsageError, match=r"holds another run \(settings.lr is 0.01, now 0.001\); name another folder"):
+        train(settings(folder, lr=1e-3))
+    with (folder / "task.jsonl").open("a") as file:
+        file.write('{"prompt": "One more?", "response": "yes"}\n')
+    with pytest.raises(UsageError, match="data_sha256.task is .*, now "):
+        train(settings(folder))
+
+
+def test_an_interrupted_run_from_files_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = train(settings(folder, out=str(folder / "whole")))
+    original = response_loss
+
+    def interrupted(model, batch, calls=[]):  # noqa: B006
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return original(model, batch)
+
+    monkeypatch.setattr("sasft.train.response_loss", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(settings(folder))
+    monkeypatch.undo()
+    resumed = train(settings(folder))
+    assert resumed["weights_sha256"] == whole["weights_sha256"] and resumed["recorded"] == whole["recorded"]
+    assert (drift.read_table(folder / "run").drop(["run"]) == drift.read_table(folder / "whole").drop(["run"]))
+
+
+def test_lora_moves_the_adapters_alone(folder: Path) -> None:
+    summary = train(settings(folder, lora_rank=2, lr=0.05))
+    out = folder / "run"
+    assert (out / "model" / "adapter_model.safetensors").exists() and not (out / "model" / "model.safetensors").exists()
+    last = [r for r in drift.read_table(out).to_pylist() if r["metric"] == "drift/l2" and r["step"] == 4 and r["module"]]
+    assert last and all("lora" not in r["module"] for r in last)
+    base, _ = load_model(str(folder / "model"), device="cpu")
+    tuned, _ = load_model(str(out / "model"), device="cpu")
+    merged = tuned.merge_and_unload()
+    for row in last:
+        moved = merged.get_parameter(row["module"]) - base.get_parameter(row["module"])
+        assert row["value"] == pytest.approx(moved.double().norm().item(), rel=1e-4)
+    assert summary["recorded"]["kl/base_model/self"] > 0
+
+
+def test_the_full_interface_of_fit_takes_adapters_too(tmp_path: Path) -> None:
+    tiny_chat.save_chatty(tmp_path / "model")
+    model, _ = load_model(str(tmp_path / "model"), lora=LoraSettings(r=2), device="cpu")
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    fit(model, rows(), plan_of(rows()), FitSettings(**SETTINGS), pad_id=0, out=tmp_path, progress=False)
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert moved and all("lora_" in n for n in moved)
+
+
+def test_rows_too_long_are_counted_and_refused_or_treated_as_chosen(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(UsageError, match="16"):
+        train(settings(folder, max_tokens=20))
+    capsys.readouterr()
+    long = {"prompt": "Why?", "response": "so " * 200}
+    with (folder / "task.jsonl").open("a") as file:
+        file.write(json.dumps(long) + "\n")
+    train(settings(folder, max_tokens=120, too_long="drop", out=str(folder / "drop")))
+    assert "dropped" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kwargs, message", [
+    ({"lam": 1.0}, r"lam \(the share of self rows\) must lie in \[0, 1\), got 1.0"),
+    ({"lam": 0.5, "self_data": None}, "lam is 0.5, but self_data names no file; write self-dialogues with `sasft generate`"),
+    ({"task": ""}, "task is missing"),
+    ({"out": ""}, "out is missing"),
+    ({"lr": 0.0}, "lr must be > 0, got 0.0"),
+    ({"loss": "median"}, "loss must be sum or mean, got 'median'"),
+    ({"precision": "fp8"}, "precision must be bf16 or fp32, got 'fp8'"),
+    ({"micro_rows": 0}, "micro_rows must be at least 1, got 0"),
+    ({"schedule": "zigzag"}, "unknown schedule 'zigzag'; there are: .*constant"),
+])
+def test_impossible_settings_are_refused(folder: Path, kwargs, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        settings(folder, **kwargs)
+
+
+def test_an_unreadable_general_text_is_named_before_any_work(folder: Path) -> None:
+    with pytest.raises(UsageError, match="general_text .*none.txt can't be read as UTF-8 text"):
+        train(settings(folder, general_text=str(folder / "none.txt")))
+
+
+def test_an_unwritable_folder_is_named_before_any_work(folder: Path) -> None:
+    (folder / "run").write_text("a file in the way")
+    with pytest.raises(UsageError, match="run"):
+        train(settings(folder))

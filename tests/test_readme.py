@@ -1,0 +1,70 @@
+"""The README's examples, run as they stand on a model that takes no time."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from sasft.cli import main
+from tests.sasft import tiny_chat
+
+README = Path(__file__).parents[1] / "README.md"
+EMBEDDED = "smollm2-135m-instruct"
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with the model and the task file that the examples name."""
+    tiny_chat.save_chatty(tmp_path / "model")
+    lines = [{"prompt": f"What is {i} + {i}?", "response": f"{i + i}"} for i in range(24)]
+    (tmp_path / "my_task.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run_python(code: str) -> dict:
+    scope: dict = {}
+    exec(compile(code.replace(EMBEDDED, "model"), str(README), "exec"), scope)
+    return scope
+
+
+def test_a_plain_loop(here: Path, capsys: pytest.CaptureFixture) -> None:
+    code = next(b for b in blocks("python") if "drift.record(" in b)
+    run_python(code)
+    assert (here / "runs" / "plain" / "drift" / "meta.json").exists()
+    steps = [int(line.split()[0]) for line in capsys.readouterr().out.splitlines()]
+    assert steps == sorted(steps) and steps[0] == 0 and len(steps) > 2
+
+
+def test_somebodys_trainer(here: Path) -> None:
+    loop = next(b for b in blocks("python") if "drift.record(" in b)
+    callback = next(b for b in blocks("python") if "DriftCallback" in b)
+    scope = run_python(loop + callback)
+    assert any("kl/base_model/held-out" in entry for entry in scope["trainer"].state.log_history)
+
+
+def test_sa_sft_from_the_command_line_and_from_python(here: Path, capsys: pytest.CaptureFixture) -> None:
+    shell = next(b for b in blocks("bash") if "sasft generate" in b)
+    for line in shell.replace("\\\n", " ").splitlines():
+        argv = shlex.split(line, comments=True)
+        if argv:
+            assert argv[0] == "sasft"
+            small = {"generate": ["--n", "24", "--max_new_tokens", "10", "--precision", "fp32"],
+                     "train": ["--steps", "2", "--precision", "fp32", "--record_every", "1"]}.get(argv[1], [])
+            extra = [] if argv[1] == "restyle" else ["--model", "model"]
+            assert main([*argv[1:], *small, *extra]) == 0, capsys.readouterr().err
+    code = next(b for b in blocks("python") if "TrainSettings" in b)
+    code = re.sub(r"steps=\d+", 'steps=2, model="model", precision="fp32"', code)
+    scope = run_python(code)
+    assert scope["summary"]["mix"]["lambda_rows"] == pytest.approx(0.5)
+
+
+def test_the_pictures_that_it_shows_are_there() -> None:
+    for path in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README.read_text(encoding="utf-8")):
+        assert (README.parent / path).exists(), path
