@@ -121,8 +121,12 @@ class Recorder:
         self._recorded.add(step)
         self.recordings += 1
         self.overhead += time.perf_counter() - began
-        return {f"{r.metric}/{r.source}" if r.source else r.metric: r.value
-                for r in rows if r.layer is None and not r.module}
+        return _whole_model(rows)
+
+    def latest(self) -> dict[str, float]:
+        """The whole-model figures of the last recording, as :meth:`step` returns them."""
+        last = max(self._recorded)
+        return _whole_model([r for r in self._table.rows if r.step == last])
 
     def _write_meta(self) -> None:
         if self._table.out is None:
@@ -154,6 +158,10 @@ def drift_rows(drifts: Sequence[ParameterDrift], step: int) -> list[Row]:
         rows += [Row(step=step, metric="drift/l2", layer=layer, value=l2),
                  Row(step=step, metric="drift/rel", layer=layer, value=l2 / base if base else float("nan"))]
     return rows
+
+
+def _whole_model(rows: Sequence[Row]) -> dict[str, float]:
+    return {f"{r.metric}/{r.source}" if r.source else r.metric: r.value for r in rows if r.layer is None and not r.module}
 
 
 def _schedule(every: int | Schedule) -> Schedule:

@@ -94,10 +94,11 @@ def _restyle(settings: RestyleSettings) -> None:
     rows = read_rows(settings.file)
     if Path(settings.out).exists():
         raise UsageError(f"out {settings.out} exists already; name another file, or remove it")
+    restyled = [{"id": row.id, "source": row.source, "finished": row.finished, "style": settings.style,
+                 "messages": [*row.prompt, {"role": "assistant", "content": restyle(row.response, settings.style)}]}
+                for row in rows]
     with JsonlWriter(settings.out) as sink:
-        sink.write([{"id": row.id, "source": row.source, "finished": row.finished, "style": settings.style,
-                     "messages": [*row.prompt, {"role": "assistant", "content": restyle(row.response, settings.style)}]}
-                    for row in rows])
+        sink.write(restyled)
     print(f"{len(rows)} rows in {settings.style} style: {settings.out}")
 
 

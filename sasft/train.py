@@ -19,6 +19,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
+from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 import drift
@@ -173,6 +174,14 @@ class _Trainer(transformers.Trainer):
         return total / divisor * self.accelerator.num_processes
 
 
+class _Progress(ProgressCallback):
+    """The Trainer's bar with the loss beside it; what is logged stays off standard output."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        if self.training_bar is not None and "loss" in (logs or {}):
+            self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}")
+
+
 def fit(
     model: nn.Module,
     rows: Mapping[str, Sequence[Encoded]],
@@ -213,8 +222,9 @@ def fit(
     )
     trainer = _Trainer(model=model, args=args, train_dataset=_Rows(rows), batches=batches, settings=settings, pad_id=pad_id,
                        callbacks=list(callbacks))
-    if not progress:
-        trainer.remove_callback(transformers.PrinterCallback)
+    trainer.remove_callback(ProgressCallback if progress else transformers.PrinterCallback)
+    if progress:
+        trainer.add_callback(_Progress)
     last = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
     trainer.train(resume_from_checkpoint=last)
     return trainer.state.log_history
@@ -230,6 +240,7 @@ def train(settings: TrainSettings) -> dict[str, Any]:
     """
     out = Path(settings.out)
     ensure_writable(out)
+    text = _general_text(settings.general_text)
     files = {"task": settings.task, "self": settings.self_data, "general_text": settings.general_text}
     identity = {
         "settings": {k: v for k, v in asdict(settings).items() if k not in ("out", "task", "self_data", "general_text")},
@@ -242,7 +253,6 @@ def train(settings: TrainSettings) -> dict[str, Any]:
     task_rows = read_rows(Path(settings.task))
     self_rows = read_rows(Path(settings.self_data)) if settings.self_data else []
     lora = LoraSettings(r=settings.lora_rank, alpha=settings.lora_alpha) if settings.lora_rank else None
-    text = _general_text(settings.general_text)
     model, tokenizer = load_model(settings.model, revision=settings.revision, lora=lora, seed=settings.seed)
     chat = Chat(tokenizer)
     rows: dict[str, list[Encoded]] = {}
@@ -267,8 +277,8 @@ def train(settings: TrainSettings) -> dict[str, Any]:
     if settings.save_model:
         model.save_pretrained(out / "model")
         tokenizer.save_pretrained(out / "model")
-    recorded = {k: v for entry in log for k, v in entry.items() if "/" in k}  # the last value of each
-    summary = {"mix": plan.report(), "weights_sha256": weights_hash(model), "recorded": recorded,
+    summary = {"mix": plan.report(), "weights_sha256": weights_hash(model),
+               "recorded": callbacks[0].recorder.latest() if callbacks else {},
                "loss": [entry["loss"] for entry in log if "loss" in entry]}
     write_json(done, summary)
     shutil.rmtree(out / "checkpoints", ignore_errors=True)  # three times the model's size, and of no use any more

@@ -117,26 +117,28 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(profile: Profile, runs_folder: Path, figures_folder: Path, workers: int) -> None:
     """Build the data, train the arms, draw the figures and print the verdicts. Finished parts are not done again."""
     began = time.monotonic()
+    if workers < 1:
+        raise UsageError(f"workers must be at least 1, got {workers}")
     ensure_writable(figures_folder)
-    folder = runs_folder / "two_by_two" / f"runs-{_key(asdict(profile))}"
-    # Data are kept apart: other training settings find them ready.
-    data_folder = runs_folder / "two_by_two" / f"data-{_key([profile.model, asdict(profile.data), profile.batch_size])}"
-    ensure_writable(folder)
-    ensure_writable(data_folder)
-    print(f"runs are kept in {folder}", file=sys.stderr)
-    arms = study_arms(profile.data.styles)
-
-    model, tokenizer = load_model(profile.model, attention=profile.training.attention)
+    home = runs_folder / "two_by_two"
+    ensure_writable(home)
+    attention = profile.training.attention
+    model, tokenizer = load_model(profile.model, attention=attention)
     weights = weights_hash(model)
     chat = Chat(tokenizer)
     writer = Writer(model=model, chat=chat, sampler=EXACT, batch_size=profile.batch_size,
                     precision=profile.training.fit.precision, provenance={"model": profile.model, "weights_sha256": weights})
-    data = cells.build(writer, profile.data, data_folder)
+    # Data have a folder of their own: other training settings find them ready.
+    data = cells.build(writer, profile.data, home / f"data-{_key(weights, asdict(profile.data), writer.identity(), attention)}")
     del model, writer
-    provenance = {"profile": asdict(profile), "weights_sha256": weights, "data_sha256": cells.digest(data),
-                  "facts": data.facts, "versions": versions()}
+    identity = {"profile": asdict(profile), "weights_sha256": weights, "data_sha256": cells.digest(data)}
+    folder = home / f"runs-{_key(identity)}"
+    provenance = {**identity, "facts": data.facts, "versions": versions()}
+    ensure_writable(folder)
     write_json(folder / "provenance.json", provenance)
+    print(f"runs are kept in {folder}", file=sys.stderr)
 
+    arms = study_arms(profile.data.styles)
     job = runs.Job(model=profile.model, settings=profile.training, train=data.train,
                    held_out={name: data.held_out[name] for name in profile.probes}, arms=arms,
                    folder=folder, pad_id=chat.pad_id, threads=max(1, torch.get_num_threads() // workers))
@@ -147,8 +149,8 @@ def run(profile: Profile, runs_folder: Path, figures_folder: Path, workers: int)
     print(f"\n{time.monotonic() - began:.0f} s")
 
 
-def _key(settings: Any) -> str:
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+def _key(*identity: Any) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
 
 
 if __name__ == "__main__":

@@ -140,13 +140,12 @@ def test_a_new_run_in_the_same_folder_starts_an_empty_table(tmp_path: Path) -> N
 
 def test_recording_changes_no_weight_and_no_random_number() -> None:
     def train(recorded: bool) -> torch.Tensor:
+        model, other = zoo.make(zoo.Dropout).train(), nn.Linear(1, 1)
         torch.manual_seed(0)
-        model = zoo.make(zoo.Dropout)
-        model.train()
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
         probes = [drift.DivergenceProbe("kl", [zoo.batch()], forward=zoo.forward),
                   drift.AlignmentProbe("a", {"x": [zoo.batch(seed=1)], "y": [zoo.batch(seed=2)]}, forward=zoo.forward)]
-        with drift.record(model, probes=probes) if recorded else drift.record(nn.Linear(1, 1)) as rec:
+        with drift.record(model, probes=probes) if recorded else drift.record(other) as rec:
             for _ in range(3):
                 zoo.forward(model, zoo.batch()).square().mean().backward()
                 optimizer.step()

@@ -49,7 +49,8 @@ def test_a_yaml_file_gives_what_the_command_line_leaves_open(folder: Path, capsy
 
 def test_help_lists_the_commands_and_their_options(capsys: pytest.CaptureFixture) -> None:
     assert main(["--help"]) == 0
-    assert all(name in capsys.readouterr().out for name in ("generate", "train", "show", "restyle"))
+    said = capsys.readouterr().out
+    assert all(name in said for name in ("generate", "train", "show", "restyle"))
     with pytest.raises(SystemExit):
         main(["train", "--help"])
     said = capsys.readouterr().out

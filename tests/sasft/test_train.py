@@ -1,6 +1,7 @@
 """Training against a loop written out, and the ways in which two trainings must be one."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,12 @@ from transformers import TrainerCallback
 import drift
 from sasft.chat import Encoded, collate
 from sasft.errors import UsageError
-from sasft.mixing import SELF, TASK, make_plan
+from sasft.mixing import SELF, TASK, Plan, make_plan
 from sasft.models import LoraSettings, load_model, weights_hash
 from sasft.train import FitSettings, TrainSettings, fit, response_loss, train
 from tests.sasft import tiny_chat
 
+MODULE = sys.modules["sasft.train"]  # the package's attribute of that name is the function
 QUESTIONS = ["What is it?", "Why?", "Say a word, please.", "How many are there?", "Go on", "And then?", "Who says so?", "Where?"]
 
 
@@ -116,9 +118,8 @@ def test_bf16_leaves_the_weights_in_float32(tmp_path: Path) -> None:
 
 
 def test_a_step_that_cannot_be_cut_evenly_is_refused(tmp_path: Path) -> None:
-    data = {TASK: encoded() + [tiny_chat.chat().encode(({"role": "user", "content": "x"},), "y" * 60)], SELF: []}
-    plan = make_plan([r.loss_tokens for r in data[TASK]], steps=4, tokens_per_step=61, seed=0)
-    assert min(map(len, plan)) == 1
+    data = {TASK: encoded(), SELF: []}
+    plan = Plan((((TASK, 0),), ((TASK, 1), (TASK, 2))), {TASK: tuple(r.loss_tokens for r in data[TASK])}, 0.0)
     with pytest.raises(UsageError, match="micro_rows=1 cuts the largest step into .* raise micro_rows"):
         fit(tiny_chat.chatty(), data, plan, FitSettings(**{**SETTINGS, "micro_rows": 1}), pad_id=0, out=tmp_path)
 
@@ -176,7 +177,7 @@ def test_everything_asked_for_is_recorded(folder: Path) -> None:
 
 def test_the_same_call_again_returns_the_finished_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = train(settings(folder))
-    monkeypatch.setattr("sasft.train.load_model", None)  # nothing is loaded any more
+    monkeypatch.setattr(MODULE, "load_model", None)  # nothing is loaded any more
     assert train(settings(folder)) == first
 
 
@@ -200,7 +201,7 @@ def test_an_interrupted_run_from_files_goes_on(folder: Path, monkeypatch: pytest
             raise KeyboardInterrupt
         return original(model, batch)
 
-    monkeypatch.setattr("sasft.train.response_loss", interrupted)
+    monkeypatch.setattr(MODULE, "response_loss", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train(settings(folder))
     monkeypatch.undo()
