@@ -124,16 +124,10 @@ def _at_least_fp32(x: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class RowDivergences:
-    """Sums over the counted tokens of each row [R], in nats, and the number of those tokens; for paired statistics."""
+class RowDivergences(TokenDivergences):
+    """The same quantities summed over the counted tokens of each row [R], and the number of those tokens ``tokens`` [R]."""
 
     tokens: Tensor
-    kl_base_model: Tensor
-    kl_model_base: Tensor
-    entropy_base: Tensor
-    entropy_model: Tensor
-    nll_base: Tensor
-    nll_model: Tensor
 
     def mean(self, metric: str) -> tuple[float, float]:
         r"""Mean per token of a metric, with its standard error clustered by row.

@@ -16,8 +16,9 @@ import yaml
 from transformers import HfArgumentParser
 
 from sasft.chat import Chat
-from sasft.data import JsonlWriter, encode_rows, read_rows
+from sasft.data import encode_rows, read_rows
 from sasft.errors import UsageError
+from sasft.files import JsonlWriter
 from sasft.models import load_model, weights_hash
 from sasft.precision import Precision
 from sasft.restyle import STYLES, restyle

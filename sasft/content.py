@@ -185,7 +185,7 @@ def _breaks(text: str) -> Iterator[tuple[int, int]]:
         for m in _SPACE.finditer(text, cursor, span_start):
             start, end = m.span()
             line_ends = "\n" in m[0] or "\r" in m[0]
-            if 0 < start and end < len(text) and (line_ends or _ends_here(text, start, end)):
+            if start > 0 and end < len(text) and (line_ends or _ends_here(text, start, end)):
                 yield start, end
         cursor = span_end
 

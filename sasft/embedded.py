@@ -24,8 +24,8 @@ from filelock import FileLock
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from sasft.data import ensure_writable, sha256_file, write_json
 from sasft.errors import UsageError
+from sasft.files import ensure_writable, sha256_file, write_json
 
 _RECORD = "sasft.json"
 _CHUNK = 1 << 20

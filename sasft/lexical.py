@@ -7,7 +7,15 @@ Both touch function words alone (:mod:`sasft.content`), and only where one stand
 import re
 
 from sasft.content import (
-    ARTICLES, AUXILIARIES, PREPOSITIONS, PRONOUNS, Token, compare, join_sentences, read, sentences,
+    ARTICLES,
+    AUXILIARIES,
+    PREPOSITIONS,
+    PRONOUNS,
+    Token,
+    compare,
+    join_sentences,
+    read,
+    sentences,
     tokenize,
 )
 

@@ -185,10 +185,7 @@ def _decode(model, ids, mask, uniforms, sampler, stop_id, greedy, on_tokens) -> 
     for step in range(sampler.max_new_tokens):
         logits = model(input_ids=tokens, attention_mask=mask, position_ids=position, past_key_values=cache,
                        use_cache=True, logits_to_keep=1).logits[:, -1]
-        if greedy:
-            chosen = logits.argmax(-1)
-        else:
-            chosen = draw(logits, uniforms[rows, step], sampler)
+        chosen = logits.argmax(-1) if greedy else draw(logits, uniforms[rows, step], sampler)
         logprob = torch.log_softmax(logits.float(), -1).gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
         for i, (row, token, lp) in enumerate(zip(rows.tolist(), chosen.tolist(), logprob.tolist(), strict=True)):
             if active[i]:

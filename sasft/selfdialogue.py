@@ -15,8 +15,9 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from sasft.chat import Chat
-from sasft.data import JsonlWriter, Row, read_rows
+from sasft.data import Row, read_rows
 from sasft.errors import UsageError
+from sasft.files import JsonlWriter
 from sasft.precision import autocast
 from sasft.sampling import Sampler, row_seed, sample
 

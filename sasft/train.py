@@ -15,7 +15,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 import transformers
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -24,8 +23,9 @@ from transformers.trainer_utils import get_last_checkpoint
 
 import drift
 from sasft.chat import Chat, Encoded, collate
-from sasft.data import encode_rows, ensure_writable, read_rows, sha256_file, write_json
+from sasft.data import encode_rows, read_rows
 from sasft.errors import UsageError
+from sasft.files import ensure_writable, sha256_file, write_json
 from sasft.mixing import SELF, TASK, Plan, make_plan
 from sasft.models import LoraSettings, load_model, weights_hash
 from sasft.precision import Precision, autocast

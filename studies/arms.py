@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import drift
 from sasft.chat import Encoded, collate
-from sasft.data import write_json
+from sasft.files import write_json
 from sasft.mixing import SELF, TASK, Plan, make_plan
 from sasft.models import load_model
 from sasft.train import FitSettings, fit
@@ -33,7 +33,8 @@ class Arm:
     """One way of training: which pool is the task's, which is mixed in, and how many loss tokens a step takes.
 
     ``matched_to`` names an arm whose loss tokens a step this one is given (of the task alone): the control that
-    repeats the task instead of mixing. ``record`` keeps per-layer drift along the run and, where self-data are mixed in, one seed's alignment at its ends.
+    repeats the task instead of mixing. ``record`` keeps per-layer drift along the run and, where self-data are mixed
+    in, one seed's alignment at its ends.
     """
 
     name: str

@@ -23,8 +23,8 @@ from pathlib import Path
 import numpy as np
 
 from sasft.chat import Chat, Encoded
-from sasft.data import Row, write_json
 from sasft.errors import UsageError
+from sasft.files import write_json
 from sasft.restyle import restyle
 from sasft.sampling import EXACT, PAPER, Sampler
 from sasft.selfdialogue import Writer, answer, answer_until, generate

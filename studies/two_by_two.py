@@ -32,8 +32,8 @@ from typing import Any
 import torch
 
 from sasft.chat import Chat
-from sasft.data import ensure_writable, write_json
 from sasft.errors import UsageError
+from sasft.files import ensure_writable, write_json
 from sasft.models import load_model, weights_hash
 from sasft.restyle import STYLES
 from sasft.sampling import EXACT

@@ -131,7 +131,7 @@ def test_a_prediction_that_is_not_a_number_is_not_hidden() -> None:
 
 def test_the_mean_is_per_token_with_an_error_clustered_by_row() -> None:
     n, s = torch.tensor([2, 4]), torch.tensor([1.0, 5.0])
-    rows = drift.RowDivergences(n, *[s] * 6)
+    rows = drift.RowDivergences(*[s] * 6, n)
     value, error = rows.mean("nll_model")
     assert value == 1.0
     assert error == pytest.approx(math.sqrt(2 / 1 * (1 + 1)) / 6)
@@ -144,7 +144,7 @@ def test_the_clustered_error_is_the_spread_of_the_mean() -> None:
     for _ in range(2000):
         tokens = torch.randint(5, 20, (40,))
         sums = tokens * torch.randn(40)  # all tokens of a row alike
-        value, error = drift.RowDivergences(tokens, *[sums] * 6).mean("nll_model")
+        value, error = drift.RowDivergences(*[sums] * 6, tokens).mean("nll_model")
         values.append(value)
         errors.append(error)
     assert sum(errors) / len(errors) == pytest.approx(torch.tensor(values).std().item(), rel=0.06)

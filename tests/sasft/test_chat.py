@@ -5,12 +5,12 @@ import re
 
 import pytest
 import torch
-from tests.sasft.tiny_chat import CHATML, tokenizer
 from tokenizers import normalizers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sasft.chat import IGNORE, Chat, Encoded, collate
 from sasft.errors import UsageError
+from tests.sasft.tiny_chat import CHATML, tokenizer
 
 USER = [{"role": "user", "content": "Hi"}]
 PROMPT = ("<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"

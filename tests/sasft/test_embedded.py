@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from tests.sasft.tiny_chat import CHATML, SPECIALS, tokenizer
 
 from sasft import embedded
 from sasft.chat import Chat
-from sasft.data import sha256_file
 from sasft.embedded import EMBEDDED, EmbeddedModel, cache_folder, embedded_folder, is_built
 from sasft.errors import UsageError
+from sasft.files import sha256_file
+from tests.sasft.tiny_chat import CHATML, SPECIALS, tokenizer
 
 WIDTH, HEADS, LAYERS, INNER = 16, 2, 2, 24
 

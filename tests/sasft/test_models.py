@@ -9,7 +9,6 @@ import pytest
 import torch
 from huggingface_hub import errors
 from safetensors.torch import load_file, save_file
-from tests.sasft.tiny_chat import CHATML, tokenizer
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
@@ -18,6 +17,7 @@ from drift.names import parameters
 from sasft import models
 from sasft.errors import UsageError
 from sasft.models import LoraSettings, load_model, resolve, weights_hash
+from tests.sasft.tiny_chat import CHATML, tokenizer
 
 
 def refused(message: str):

@@ -8,7 +8,13 @@ from sasft import content, lexical
 from sasft.content import compare, join_sentences, sentences, tokenize
 from sasft.errors import UsageError
 from sasft.restyle import (
-    STYLES, ContentLost, Style, check_content, from_json, from_markdown, restyle,
+    STYLES,
+    ContentLost,
+    Style,
+    check_content,
+    from_json,
+    from_markdown,
+    restyle,
 )
 
 LETTER = """Sure! Here's how you can do it:
