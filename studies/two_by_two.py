@@ -63,7 +63,7 @@ QUICK = Profile(
         problems=96, held_out_problems=8, self_rows=64, held_out_self_rows=16,
         styles=("telegraphic", "capitals"), max_answer_tokens=36, max_user_tokens=32, tries=4, passages=8, passage_tokens=40),
     training=TrainingSettings(
-        fit=FitSettings(lr=3e-5, schedule="constant", save_every=0), steps=8, tokens_per_step=128, lam=0.5, seeds=3,
+        fit=FitSettings(lr=3e-5, schedule="constant", save_every=0, micro_rows=8), steps=8, tokens_per_step=128, lam=0.5, seeds=3,
         record_every=2, align_rows=4, attention="eager"),
     probes=("self_exact", "human_chat", "human_text", "gold_raw"),
 )
@@ -72,7 +72,7 @@ FULL = replace(
     data=replace(QUICK.data, problems=1200, held_out_problems=64, self_rows=600, held_out_self_rows=64,
                  styles=tuple(STYLES), max_answer_tokens=96, max_user_tokens=64, tries=8, passages=64,
                  passage_tokens=128),
-    training=replace(QUICK.training, steps=64, tokens_per_step=240, seeds=5, record_every=4, align_rows=16, attention="sdpa"),
+    training=replace(QUICK.training, fit=replace(QUICK.training.fit, micro_rows=32), steps=64, tokens_per_step=240, seeds=5, record_every=4, align_rows=16, attention="sdpa"),
     probes=(*QUICK.probes, "self_paper"),
 )
 PROFILES = {"quick": QUICK, "full": FULL}
