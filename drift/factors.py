@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from drift.names import canonical_name, tied
 
 _BLOCK = 2048  # tokens of one side of a token-by-token product
-_FORMED = 2**26  # numbers of per-row gradients in memory at once
+_FORMED = 2**24  # numbers of per-row gradients in memory at once
 
 
 @dataclass(frozen=True)

@@ -142,8 +142,8 @@ def _run_one(arm: str, seed: int) -> str:
     return f"{arm}, seed {seed}"
 
 
-def _give_back_memory() -> None:
-    """Return what the finished run has freed: glibc keeps it, and run by run a worker would grow to twice its need."""
+def give_back_memory() -> None:
+    """Return what has been freed: glibc keeps it, and run by run a process would grow to twice its need."""
     gc.collect()
     with suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL("libc.so.6").malloc_trim(0)
@@ -187,7 +187,7 @@ class Worker:
             "seconds": time.monotonic() - start,
         }
         write_json(out / "result.json", result)
-        _give_back_memory()
+        give_back_memory()
 
     def _measure(self, probe: drift.DivergenceProbe) -> dict[str, list[float]]:
         rows = probe.per_row(self.model)

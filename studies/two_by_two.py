@@ -131,6 +131,7 @@ def run(profile: Profile, runs_folder: Path, figures_folder: Path, workers: int)
     # Data have a folder of their own: other training settings find them ready.
     data = cells.build(writer, profile.data, home / f"data-{_key(weights, asdict(profile.data), writer.identity(), attention)}")
     del model, writer
+    runs.give_back_memory()
     identity = {"profile": asdict(profile), "weights_sha256": weights, "data_sha256": cells.digest(data)}
     folder = home / f"runs-{_key(identity)}"
     provenance = {**identity, "facts": data.facts, "versions": versions()}

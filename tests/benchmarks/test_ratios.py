@@ -54,8 +54,8 @@ def compare(benchmark, function: Callable[[], object], plain: Callable[[], objec
     plain_seconds = median(plain)
     benchmark.pedantic(function, rounds=ROUNDS, warmup_rounds=1)
     ratio = benchmark.stats.stats.median / plain_seconds
-    benchmark.extra_info.update(ratio=round(ratio, 3), plain_seconds=round(plain_seconds, 4), plain=what)
-    print(f"\n{benchmark.name}: {benchmark.stats.stats.median:.3f} s, {ratio:.2f} x {what} ({plain_seconds:.3f} s)")
+    benchmark.extra_info.update(ratio=ratio, plain_seconds=plain_seconds, plain=what)
+    print(f"\n{benchmark.name}: {benchmark.stats.stats.median:.3g} s, {ratio:.3g} x {what} ({plain_seconds:.3g} s)")
 
 
 def step(model: nn.Module, batch) -> None:
