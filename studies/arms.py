@@ -106,7 +106,8 @@ def _run_pool(job: Job, todo: list[tuple[str, int]], workers: int, bar: tqdm) ->
     try:
         running = {pool.submit(_run_one, arm, seed) for arm, seed in todo}
         while running:
-            done, running = wait(running, return_when=FIRST_COMPLETED)
+            done, running = wait(running, timeout=1, return_when=FIRST_COMPLETED)
+            bar.refresh()  # the clock runs between two results too
             for future in done:
                 bar.set_postfix_str(future.result())
                 bar.update()
