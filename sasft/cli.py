@@ -124,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     kind, run = COMMANDS[argv[0]]
     try:
         run(_settings(kind, argv[0], argv[1:]))
-    except UsageError as error:
+    except (UsageError, OSError) as error:  # a full disk, say, wherever it is met
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

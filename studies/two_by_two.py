@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         profile = replace(profile, model=args.model)
     try:
         run(profile, args.runs, args.figures, args.workers)
-    except UsageError as error:
+    except (UsageError, OSError) as error:  # a full disk, say, wherever it is met
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

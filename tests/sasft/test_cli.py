@@ -95,3 +95,12 @@ def test_ctrl_c_says_that_the_command_goes_on(folder: Path, capsys: pytest.Captu
     monkeypatch.setattr(sasft.cli, "generate", stop)
     assert sasft_command(folder, "generate", out=folder / "self.jsonl") == 130
     assert "the same command goes on from there" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_an_error_in_one_line(folder: Path, capsys: pytest.CaptureFixture, monkeypatch) -> None:
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device", "model.safetensors")
+
+    monkeypatch.setattr(sasft.cli, "train", full)
+    assert sasft_command(folder, "train", task="t", lam=0, out=folder / "o") == 2
+    assert capsys.readouterr().err == "error: [Errno 28] No space left on device: 'model.safetensors'\n"
