@@ -6,18 +6,20 @@ tensors. Imports torch, numpy, safetensors and pyarrow only; transformers is nee
 
 from typing import Any
 
+from drift import adapters, lowrank, schedules
 from drift.alignment import AlignmentProbe, GradientGram, gradient_gram
 from drift.divergence import DivergenceProbe, RowDivergences, TokenDivergences, token_divergences
 from drift.lowrank import lora_norm, lora_spectrum
 from drift.recorder import Probe, Recorder, record
+from drift.sources import SourceAlignment, SourceGradients
 from drift.style import STYLE_FEATURES, StyleProbe, style_distance, style_features
 from drift.table import Row, read_table
 from drift.weights import ParameterDrift, Reference, parameter_drift
 
 __all__ = [
     "STYLE_FEATURES", "AlignmentProbe", "DivergenceProbe", "DriftCallback", "GradientGram", "ParameterDrift", "Probe",
-    "Recorder", "Reference", "Row", "RowDivergences", "StyleProbe", "TokenDivergences", "gradient_gram", "lora_norm",
-    "lora_spectrum", "parameter_drift", "read_table", "record", "style_distance", "style_features", "token_divergences",
+    "Recorder", "Reference", "Row", "RowDivergences", "SourceAlignment", "SourceGradients", "StyleProbe", "TokenDivergences", "adapters", "gradient_gram", "lora_norm",
+    "lora_spectrum", "lowrank", "parameter_drift", "read_table", "record", "schedules", "style_distance", "style_features", "token_divergences",
 ]
 
 

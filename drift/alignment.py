@@ -17,11 +17,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from drift.divergence import IGNORE, Batch, Forward, logits_of
-from drift.factors import Capture
+from drift.groups import Groups
+from drift.intercept import Interceptor, UseCollector
 from drift.modes import measuring
 from drift.names import layer_index, parameters
 from drift.table import Row
-from drift.weights import Reference, squared_norm
+from drift.uses import Use, blocks
+from drift.uses import gram as gram_of
+from drift.weights import Reference
 
 Gram = NDArray[np.float64]
 Rows = Sequence[int]
@@ -141,42 +144,59 @@ class GradientGram:
         return dict(sorted(layers.items(), key=lambda item: (item[0] is None, item[0] or 0)))
 
 
-def gradient_gram(model: nn.Module, batch: Batch, *, forward: Forward = logits_of, rows: Tensor | None = None,
-                  verify: bool = False) -> GradientGram:
+def gradient_gram(model: nn.Module, batch: Batch, *, forward: Forward = logits_of, rows: Tensor | None = None) -> GradientGram:
     r"""Gram matrices of the rows' gradients, in one forward and one backward pass over the joint batch.
 
     ``batch``: ``input_ids``, ``labels`` [B, T] (not shifted, -100 not counted), ``attention_mask`` and what else ``forward`` takes.
     ``rows`` [B, T] int64 says which row each token belongs to (packed batches; rows must not attend to each other); by
     default every batch entry is a row.
 
-    For a linear layer with inputs :math:`a_t` and output gradients :math:`e_t` a row's gradient is :math:`\sum_{t\in i}e_ta_t^\top`, so
-    :math:`K_{ij}=\sum_{t\in i,u\in j}(e_t^\top e_u)(a_t^\top a_u)`: no per-row gradient is needed. Where forming those of one
-    layer is cheaper (many tokens, few rows), that is done instead. Covers Linear, Embedding, transformers' Conv1D, LayerNorm and
-    RMSNorm, tied and reused weights included, LoRA factors as the linear layers they are; what is left is listed in ``missing``.
+    Rows' gradients of a weight are formed a few rows of the weight at a time, in the work that its whole gradient takes
+    (:mod:`drift.uses`), and their products cost R/(2N) of that again for R rows of N tokens together. Covers linear layers,
+    embeddings, norms and mixtures of experts, tied and reused weights included, and LoRA factors as the linear layers they
+    are (:mod:`drift.intercept`); what is left, by autograd's own account, is listed in ``missing``.
 
     The model is put in eval mode (no dropout, no activation checkpointing) meanwhile; ``.grad`` is untouched. Products run in
-    float32 (float64 models: float64), sums over parameters in float64. Memory: inputs and output gradients of every covered
-    layer. Cost: a forward, a backward without weight gradients, and about one weight-gradient pass of products.
-
-    ``verify=True`` also computes the ordinary gradient and raises ``RuntimeError`` where its squared norm differs from
-    :math:`\sum_{ij}K_{ij}` by more than 1 %: a weight used outside its module's forward would show there.
+    float32 (float64 models: float64), sums over parameters in float64. Memory: an ordinary pass, and the inputs and
+    output gradients of weights that are used more than once.
     """
+    labels = batch["labels"]
     if rows is None:
-        rows = torch.arange(len(batch["labels"])).unsqueeze(1).expand(batch["labels"].shape)
+        rows = torch.arange(len(labels)).unsqueeze(1).expand(labels.shape)
+    if rows.shape != labels.shape:
+        raise ValueError(f"rows must have the shape of labels, got {tuple(rows.shape)} and {tuple(labels.shape)}")
     trainable = {name: p for name, p in parameters(model).items() if p.requires_grad}
     if not trainable:
         raise ValueError("the model has no trainable parameter, so there is no gradient; set requires_grad on some")
     device = next(iter(trainable.values())).device
     batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-    with measuring(model), torch.enable_grad():
-        with Capture(model, rows.to(device)) as capture:
-            loss = _summed_loss(forward(model, batch), batch["labels"])
-            grams = capture.grams(loss)
-        if verify:
-            _verify(trainable, grams, _summed_loss(forward(model, batch), batch["labels"]))
-    missing = tuple(name for name in trainable if name not in grams)
-    covered = sum(p.numel() for name, p in trainable.items() if name in grams)
-    return GradientGram(grams, covered / sum(p.numel() for p in trainable.values()), missing)
+    n_rows = int(rows.max()) + 1
+    collector = _RowGrams()
+    with measuring(model), torch.enable_grad(), Interceptor(model).collecting(collector, Groups(rows, n_rows, tuple(labels.shape))):
+        loss = _summed_loss(forward(model, batch), batch["labels"])
+        # What is taken apart answers None, so a gradient that comes back is one that was not seen.
+        unseen = torch.autograd.grad(loss, list(trainable.values()), allow_unused=True)
+    grams = collector.finish()
+    missing = tuple(name for name, g in zip(trainable, unseen, strict=True) if g is not None)
+    found = {name: grams.get(name, np.zeros((n_rows, n_rows))) for name in trainable if name not in missing}
+    covered = sum(trainable[name].numel() for name in found)
+    return GradientGram(found, covered / sum(p.numel() for p in trainable.values()), missing)
+
+
+class _RowGrams(UseCollector):
+    """Gram matrices of all groups' gradients; no gradient is handed back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._grams: dict[str, Tensor] = {}
+
+    def process(self, name: str, uses: Sequence[Use]) -> None:
+        self._grams[name] = sum(gram_of(parts) for _, parts in blocks(uses))
+
+    def finish(self) -> dict[str, Gram]:
+        """What has been collected."""
+        self.close()
+        return {name: k.cpu().numpy() for name, k in self._grams.items()}
 
 
 def _summed_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -184,19 +204,6 @@ def _summed_loss(logits: Tensor, labels: Tensor) -> Tensor:
     kept = logits[:, :-1][counted]
     kept = kept if kept.dtype == torch.float64 else kept.float()
     return nn.functional.cross_entropy(kept, labels[:, 1:][counted], reduction="sum")
-
-
-def _verify(trainable: Mapping[str, nn.Parameter], grams: Mapping[str, Gram], loss: Tensor) -> None:
-    covered = {n: p for n, p in trainable.items() if n in grams}
-    gradients = torch.autograd.grad(loss, list(covered.values()), allow_unused=True)
-    true = {n: 0.0 if g is None else float(squared_norm(g)) for n, g in zip(covered, gradients, strict=True)}
-    scale = max(true.values(), default=0.0)
-    for name, expected in true.items():
-        got = float(grams[name].sum())
-        if abs(got - expected) > 0.01 * expected + 1e-6 * scale:
-            raise RuntimeError(f"the gradient of {name} has squared norm {expected:.6g}, but its layer's inputs and outputs give "
-                               f"{got:.6g}: the weight is used outside its module's forward (a fused or functional "
-                               "operation), so its alignment can't be read there")
 
 
 def join_batches(batches: Sequence[Batch]) -> dict[str, Tensor]:
@@ -239,25 +246,22 @@ class AlignmentProbe:
             self.rows_of[source] = list(range(start, start + n))
             start += n
         self.coverage: dict[str, Any] = {}
-        self._verified = False
 
     def prepare(self, model: nn.Module, reference: Reference) -> None:
-        """Check once, against the ordinary gradient, that the model's layers are covered rightly."""
-        if not self._verified:
-            gram = gradient_gram(model, self.batch, forward=self.forward, verify=True)
-            self.coverage = {"covered": gram.coverage, "missing": list(gram.missing)}
-            self._verified = True
+        """Nothing has to be prepared: the rows are fixed, and θ₀ plays no part."""
 
     def gram(self, model: nn.Module) -> GradientGram:
         """The Gram matrices now; ``rows_of`` says which rows are whose."""
-        return gradient_gram(model, self.batch, forward=self.forward)
+        found = gradient_gram(model, self.batch, forward=self.forward)
+        self.coverage = {"covered": found.coverage, "missing": list(found.missing)}
+        return found
 
     def rows(self, model: nn.Module, step: int) -> list[Row]:
         """Table rows, whole model first."""
-        gram = self.gram(model)
+        found = self.gram(model)
         tokens = (self.batch["labels"][:, 1:] != IGNORE).sum(1)
         rows: list[Row] = []
-        for layer, matrix in [("model", gram.total()), *gram.by_layer().items()]:
+        for layer, matrix in [("model", found.total()), *found.by_layer().items()]:
             if layer is None:  # embeddings, final norm and head are no block; they are part of the whole
                 continue
             for metric, source, groups, statistic in self._statistics(matrix):

@@ -6,7 +6,8 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from drift.recorder import Probe, Recorder, Schedule, record
+from drift.recorder import Probe, Recorder, record
+from drift.schedules import Schedule
 from drift.weights import Reference
 
 

@@ -1,13 +1,12 @@
 """Drift of LoRA weights from their factors, without ever forming the product."""
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from drift.names import canonical_name
+from drift.adapters import adapters
 
 
 @dataclass(frozen=True)
@@ -67,43 +66,39 @@ def lora_norm(a: Tensor, b: Tensor, scaling: float = 1.0, a0: Tensor | None = No
     return abs(scaling) * ((b.T @ b) * (a @ a.T)).sum().clamp(min=0).sqrt()
 
 
-def has_adapters(model: nn.Module) -> bool:
-    """Whether the model holds LoRA adapters."""
-    return any(hasattr(module, "lora_A") for module in model.modules())
+def induced_gram(a: Tensor, b: Tensor, d_a: Tensor | None, d_b: Tensor | None, scaling: float = 1.0) -> Tensor:
+    r"""Inner products of the steps in :math:`W` that several gradients of its factors induce, [G, G] float64.
 
+    A gradient step on the factors moves :math:`W = W_0 + s\,BA` along :math:`D_i=s(\partial B_i A + B\,\partial A_i)`, up to the
+    learning rate and to second order. ``a`` [r, n], ``b`` [m, r]; ``d_a`` [G, r, n] and ``d_b`` [G, m, r] (None: that factor is
+    frozen). All products are of r x r matrices: cost :math:`O((m+n) r^2 G^2)`.
 
-def adapters_disabled(model: nn.Module) -> AbstractContextManager:
-    """The model without its adapters inside the block (PEFT's own switch)."""
-    if not hasattr(model, "disable_adapter"):
-        raise TypeError(f"{type(model).__name__} holds LoRA layers but no disable_adapter(); pass the PeftModel itself")
-    return model.disable_adapter()
+    >>> a, b = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0]])
+    >>> induced_gram(a, b, torch.tensor([[[1.0, 0.0]]]), torch.tensor([[[1.0]]]))  # D = [1 2] + [3 0]
+    tensor([[20.]], dtype=torch.float64)
+    """
+    if d_a is None and d_b is None:
+        raise ValueError("d_a and d_b are both None: one factor at least must have gradients")
+    a, b = a.double(), b.double()
+    d_a, d_b = (None if d is None else d.double() for d in (d_a, d_b))
+    total: Tensor | float = 0.0
+    if d_b is not None:
+        total = total + torch.einsum("imr,jms,rs->ij", d_b, d_b, a @ a.T)
+    if d_a is not None:
+        total = total + torch.einsum("irn,jsn,rs->ij", d_a, d_a, b.T @ b)
+    if d_a is not None and d_b is not None:
+        crossed = torch.einsum("irs,jsr->ij", d_b.mT @ b, d_a @ a.T)
+        total = total + crossed + crossed.T
+    return scaling**2 * total
 
 
 def adapted_weights(model: nn.Module) -> Iterator[tuple[str, Factors]]:
-    """(canonical name of the base weight, factors) for every layer with active, unmerged LoRA adapters.
-
-    Reads PEFT's layers by their attributes. Raises ``NotImplementedError`` naming the layer for what a product B A does not
-    describe: DoRA (it also rescales the base weight) and LoRA on convolutions; ``ValueError`` for merged adapters.
-    """
-    for path, module in model.named_modules():
-        if not (hasattr(module, "lora_A") and hasattr(module, "scaling") and hasattr(module, "base_layer")):
-            continue
-        name = canonical_name(f"{path}.base_layer.weight")
-        if getattr(module, "merged_adapters", None):
-            raise ValueError(f"the adapters of {path} are merged into its weight; unmerge them to measure their drift")
-        embedding = bool(module.lora_embedding_A)
-        sides_a, sides_b = (module.lora_embedding_A, module.lora_embedding_B) if embedding else (module.lora_A, module.lora_B)
-        parts = []
-        for adapter in module.active_adapters:
-            if adapter not in sides_a:
-                continue
-            if getattr(module, "use_dora", {}).get(adapter) or adapter in getattr(module, "lora_magnitude_vector", {}):
-                raise NotImplementedError(f"{path} uses DoRA, whose update is not the product of two factors; "
-                                          "its drift can't be read from them")
-            a, b = sides_a[adapter], sides_b[adapter]
-            a, b = (a, b) if embedding else (a.weight, b.weight)
-            if a.dim() != 2:
-                raise NotImplementedError(f"{path} is a convolution with LoRA; only linear layers and embeddings are covered")
-            parts.append((a, b * module.scaling[adapter]))
-        if parts:
-            yield name, Factors(torch.cat([a for a, _ in parts]), torch.cat([b for _, b in parts], dim=1))
+    """(canonical name of the base weight, factors) for every layer with active, unmerged LoRA adapters (:func:`drift.adapters.adapters`)."""
+    parts: dict[str, list] = {}
+    for adapter in adapters(model):
+        if adapter.magnitude is not None:
+            raise NotImplementedError(f"{adapter.base} uses DoRA, whose update is not the product of two factors; "
+                                      "its drift can't be read from them")
+        parts.setdefault(adapter.base, []).append(adapter)
+    for base, found in parts.items():
+        yield base, Factors(torch.cat([p.a for p in found]), torch.cat([p.b * p.scaling for p in found], dim=1))

@@ -1,19 +1,18 @@
 """Recording while a model trains: one context manager for any loop."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, runtime_checkable
 
 import pyarrow as pa
 from torch import nn
 
 from drift.names import parameters
+from drift.schedules import Schedule, schedule
 from drift.table import Row, Table, write_meta
 from drift.weights import ParameterDrift, Reference, parameter_drift
-
-Schedule = Callable[[int], bool]
 
 
 class Probe(Protocol):
@@ -21,6 +20,8 @@ class Probe(Protocol):
 
     ``prepare`` is called once, before the first recording; ``rows`` at every recording, and returns table rows without
     their ``run``. A probe's own ``every`` (None: the recorder's) lets a dear one be read more rarely.
+
+    A probe that watches the training steps themselves is a :class:`Watcher` too.
     """
 
     name: str
@@ -29,6 +30,18 @@ class Probe(Protocol):
     def prepare(self, model: nn.Module, reference: Reference) -> None: ...
 
     def rows(self, model: nn.Module, step: int) -> list[Row]: ...
+
+
+@runtime_checkable
+class Watcher(Protocol):
+    """A probe that is told of the training: ``attach(due, step)`` before the step after ``step`` (``due`` says which will be
+    recorded), ``step()`` after every optimiser step, before ``rows``; ``detach()`` at the end, also after an exception."""
+
+    def attach(self, due: Schedule, step: int) -> None: ...
+
+    def step(self) -> Any: ...
+
+    def detach(self) -> None: ...
 
 
 def record(model: nn.Module, out: Path | str | None = None, *, every: int | Schedule = 1, probes: Sequence[Probe] = (),
@@ -70,10 +83,11 @@ class Recorder:
         if len(set(names)) < len(names):
             raise ValueError(f"probes must have different names, got {names}")
         self.model, self.probes, self.reference, self.config = model, list(probes), reference, dict(config or {})
-        self.every = _schedule(every)
+        self.every = schedule(every)
         self.last = start_step
         self.overhead = 0.0  # seconds spent recording, preparation of the probes included
         self.recordings = 0
+        self._watchers = [p for p in self.probes if isinstance(p, Watcher)]
         self._table = Table(out, run)
         self._recorded: set[int] = set()
 
@@ -91,9 +105,13 @@ class Recorder:
         else:
             self._table.resume(self.last)
             self._recorded = {row.step for row in self._table.rows}
+        for watcher in self._watchers:
+            watcher.attach(self.every, self.last)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for watcher in self._watchers:
+            watcher.detach()
         if kind is None and self.last not in self._recorded:
             self._record(self.last, everything=True)
         self._write_meta()
@@ -105,6 +123,8 @@ class Recorder:
         ...}`` (whole-model figures), or ``{}`` where nothing was due.
         """
         self.last = self.last + 1 if step is None else step
+        for watcher in self._watchers:
+            watcher.step()
         return self._record(self.last) if self.every(self.last) else {}
 
     def table(self) -> pa.Table:
@@ -115,7 +135,7 @@ class Recorder:
         began = time.perf_counter()
         rows = drift_rows(parameter_drift(self.model, self.reference), step)
         for probe in self.probes:
-            if everything or probe.every is None or _schedule(probe.every)(step):
+            if everything or probe.every is None or schedule(probe.every)(step):
                 rows += probe.rows(self.model, step)
         self._table.add(step, rows)
         self._recorded.add(step)
@@ -163,10 +183,3 @@ def drift_rows(drifts: Sequence[ParameterDrift], step: int) -> list[Row]:
 def _whole_model(rows: Sequence[Row]) -> dict[str, float]:
     return {f"{r.metric}/{r.source}" if r.source else r.metric: r.value for r in rows if r.layer is None and not r.module}
 
-
-def _schedule(every: int | Schedule) -> Schedule:
-    if callable(every):
-        return every
-    if every < 1:
-        raise ValueError(f"every must be at least 1 step (or a function of the step), got {every}")
-    return lambda step: step % every == 0

@@ -15,7 +15,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from drift.lowrank import Factors, adapted_weights, adapters_disabled, has_adapters, lora_norm
+from drift.adapters import adapters_disabled, has_adapters
+from drift.lowrank import Factors, adapted_weights, lora_norm
 from drift.names import canonical_name, layer_index, parameters, tied
 
 _CHUNK = 65536  # elements summed in float32 before float64 takes over

@@ -20,7 +20,6 @@ from drift.alignment import (
     raw_cosine,
 )
 from drift.divergence import logits_of
-from drift.factors import Outer, outer_gram
 from drift.names import parameters
 from tests.drift import zoo
 
@@ -51,13 +50,13 @@ def agree(gram: drift.GradientGram, expected: dict[str, np.ndarray], rtol: float
 @pytest.mark.parametrize("kind", zoo.ZOO)
 def test_gram_is_that_of_one_backward_pass_a_row(kind) -> None:
     model, batch = zoo.make(kind), zoo.batch()
-    agree(gradient_gram(model, batch, forward=zoo.forward, verify=True), brute(model, batch, zoo.forward))
+    agree(gradient_gram(model, batch, forward=zoo.forward), brute(model, batch, zoo.forward))
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_gram_of_a_llama(tied: bool) -> None:
     model, batch = zoo.llama(tied=tied).double(), zoo.batch(vocabulary=32)
-    gram = gradient_gram(model, batch, verify=True)
+    gram = gradient_gram(model, batch)
     assert gram.coverage == 1.0 and gram.missing == ()
     agree(gram, brute(model, batch, logits_of), rtol=1e-5)  # transformers' RMSNorm computes in float32
 
@@ -65,16 +64,9 @@ def test_gram_of_a_llama(tied: bool) -> None:
 def test_gram_of_lora_factors() -> None:
     model, batch = zoo.lora(zoo.llama().double()).double(), zoo.batch(vocabulary=32)
     expected = brute(model, batch, logits_of)
-    gram = gradient_gram(model, batch, verify=True)
+    gram = gradient_gram(model, batch)
     assert set(gram.per_parameter) == set(expected) and gram.coverage == 1.0
     agree(gram, expected, rtol=1e-5)
-
-
-def test_both_ways_of_a_gram_agree() -> None:
-    torch.manual_seed(0)
-    use = Outer(torch.randn(40, 3).double(), torch.randn(40, 4).double(), torch.randint(0, 5, (40,)))
-    formed, products = (outer_gram([use], 5, form=form) for form in (True, False))
-    torch.testing.assert_close(formed, products, rtol=1e-12, atol=1e-12)
 
 
 def test_rows_may_be_packed_into_one_sequence() -> None:
@@ -93,10 +85,10 @@ def test_a_trace_is_left_nowhere() -> None:
     torch.manual_seed(5)
     expected = torch.rand(2)
     torch.manual_seed(5)
-    gradient_gram(model, batch, forward=zoo.forward, verify=True)
+    gradient_gram(model, batch, forward=zoo.forward)
     assert torch.equal(torch.rand(2), expected) and model.training
     assert torch.equal(model.head.weight.grad, torch.ones_like(model.head.weight)) and model.embed.weight.grad is None
-    assert not any(m._forward_hooks for m in model.modules())
+    assert not any("forward" in m.__dict__ for m in model.modules())
 
 
 def test_hooks_go_even_after_an_error() -> None:
@@ -107,7 +99,7 @@ def test_hooks_go_even_after_an_error() -> None:
     model = zoo.make(zoo.Base)
     with pytest.raises(RuntimeError, match="boom"):
         gradient_gram(model, zoo.batch(), forward=broken)
-    assert not any(m._forward_hooks for m in model.modules())
+    assert not any("forward" in m.__dict__ for m in model.modules())
 
 
 class Functional(zoo.Base):
@@ -118,9 +110,9 @@ class Functional(zoo.Base):
         return self.head(hidden) + nn.functional.linear(hidden.tanh(), self.head.weight)
 
 
-def test_a_weight_used_outside_its_module_is_found_out() -> None:
-    with pytest.raises(RuntimeError, match="head.weight .* used outside its module's forward"):
-        gradient_gram(zoo.make(Functional), zoo.batch(), forward=zoo.forward, verify=True)
+def test_a_weight_used_outside_its_module_is_named() -> None:
+    gram = gradient_gram(zoo.make(Functional), zoo.batch(), forward=zoo.forward)
+    assert gram.missing == ("head.weight",) and "head.weight" not in gram.per_parameter and gram.coverage < 1
 
 
 class Odd(zoo.Base):

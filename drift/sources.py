@@ -1,0 +1,335 @@
+r"""Gradients of several sources of data taken apart inside the one backward pass that trains on their mixture.
+
+The loss of a mixed batch is a sum over its tokens, so its gradient is :math:`g=\sum_s g_s` over the sources s. Each weight
+gradient is computed source by source and added up (:mod:`drift.uses`), which costs no more products than computing it at
+once; the inner products :math:`\langle g_s, g_{s'}\rangle` of the pieces are all that is kept. Every source is cut into ``folds`` of
+independent rows, because a product of two *different* folds carries no sampling noise:
+:math:`\mathbb E\langle g_{s,1}, g_{s,2}\rangle=\langle\mathbb E g_{s,1},\mathbb E g_{s,2}\rangle`, while :math:`\mathbb E\lVert g_s\rVert^2` has the variance on top.
+"""
+
+import math
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from drift.alignment import Gram, cosine, jackknife, mean_inner
+from drift.groups import Groups
+from drift.intercept import Interceptor
+from drift.names import layer_index, parameters
+from drift.schedules import Schedule, schedule
+from drift.source_collector import SGD, SourceCollector
+from drift.table import Row
+
+
+@dataclass(frozen=True)
+class SourceAlignment:
+    r"""Inner products of the gradients of every source's folds in one optimiser step.
+
+    ``grams[metric][name]`` [S·F, S·F] float64: :math:`\langle g_{s,f}, g_{s',f'}\rangle` for parameter ``name``, source-major. Metrics: ``sgd``,
+    the plain inner product; ``adam``, :math:`\sum_p g_p g'_p/(\sqrt{\hat v_p}+\epsilon)` with the optimiser's second moments as they were
+    before the step; ``lora``, the product of the steps in the adapted weight that the factors' gradients induce,
+    :math:`s(\partial B\,A + B\,\partial A)`, under that weight's name.
+
+    ``units`` [S, F]: independent rows in each fold. ``coverage``: share of the numbers with a gradient that the
+    products cover; ``missing``: why not, for the other parameters. Gradients are those of the loss that was differentiated: with a
+    mean over the batch's tokens every source carries its share of the mixture.
+    """
+
+    sources: tuple[str, ...]
+    folds: int
+    grams: Mapping[str, Mapping[str, Gram]]
+    units: NDArray[np.int64]
+    coverage: float
+    missing: Mapping[str, str] = field(default_factory=dict)
+
+    def gram(self, *, metric: str = SGD, layer: int | None = None, module: str | None = None) -> Gram:
+        """The products of one parameter (``module``), of one block (``layer``), or of all (neither)."""
+        if metric not in self.grams:
+            raise ValueError(f"metric must be one of {list(self.grams)}, got {metric!r}")
+        chosen = {name: k for name, k in self.grams[metric].items()
+                  if (module is None or name == module) and (layer is None or layer_index(name) == layer)}
+        if not chosen:
+            raise ValueError(f"no parameter matches layer={layer}, module={module!r}; there are {list(self.grams[metric])[:5]}, ...")
+        return sum(chosen.values())
+
+    def inner(self, **where) -> Gram:
+        r"""Products [S, S] of the sources' gradients in this step, :math:`\langle g_s, g_{s'}\rangle`, noise included. ``where`` as in :meth:`gram`."""
+        s, f = len(self.sources), self.folds
+        return self.gram(**where).reshape(s, f, s, f).sum((1, 3))
+
+    def raw_cos(self, a: str, b: str, **where) -> float:
+        """Cosine between the two sources' gradients in this step, noise included: it shrinks as batches get smaller."""
+        i, j, k = self.sources.index(a), self.sources.index(b), self.inner(**where)
+        return float(k[i, j] / math.sqrt(k[i, i] * k[j, j])) if k[i, i] > 0 and k[j, j] > 0 else math.nan
+
+    def cos(self, a: str, b: str, **where) -> float:
+        """Cosine between the sources' *expected* gradients, from products of different folds (:func:`drift.alignment.cosine`)."""
+        return pooled([self], [a, b], cosine, **where)[0]
+
+
+def pooled(steps: Sequence[SourceAlignment], sources: Sequence[str], statistic: Callable[..., float], **where) -> tuple[float, float]:
+    """A statistic of one or two sources' expected gradients over several steps, and its standard error.
+
+    Products of folds, each per independent row, are averaged over the steps in which both folds have rows; ``statistic`` (
+    :func:`~drift.alignment.mean_inner`, :func:`~drift.alignment.cosine`, ...) is taken of the average. The error is a jackknife: over the steps if
+    there are three or more, else over the folds if there are three or more, else nan. It assumes that what is
+    estimated holds still over these steps.
+    """
+    per_row = np.stack([_per_row(step, where) for step in steps])
+    f = steps[0].folds
+    members = [list(range(steps[0].sources.index(s) * f, (steps[0].sources.index(s) + 1) * f)) for s in sources]
+
+    def estimate(chosen: Sequence[int], groups: Sequence[Sequence[int]]) -> float:
+        counted = np.isfinite(per_row[chosen])
+        mean = np.where(counted, per_row[chosen], 0.0).sum(0) / np.where(counted.any(0), counted.sum(0), np.nan)
+        used = [[r for r in group if np.isfinite(mean[r, r])] for group in groups]
+        return statistic(mean, used[0], used[-1]) if all(used) else math.nan
+
+    every = list(range(len(steps)))
+    value = estimate(every, members)
+    if len(steps) >= 3:
+        return value, jackknife(lambda chosen: estimate(chosen[0], members), [every])
+    return value, jackknife(lambda groups: estimate(every, groups), members)
+
+
+def _per_row(step: SourceAlignment, where: Mapping[str, Any]) -> Gram:
+    n = step.units.reshape(-1).astype(float)
+    n[n == 0] = np.nan
+    return step.gram(**where) / np.outer(n, n)
+
+
+class SourceGradients:
+    r"""Alignment of the gradients of two or more sources of data, inside the ordinary backward pass on their mixture.
+
+    ``sources``: their names. :meth:`tag` says before each forward pass whose every row or token is, :meth:`step` ends an optimiser
+    step. It is also a probe of :func:`drift.record`, which then calls :meth:`step` itself.
+
+    ``every``: measure each so many steps, or when ``every(step)`` is true; other steps run as if nothing were here. None: each step, or
+    as often as the recorder records. ``folds``: parts
+    that a source's rows are dealt into; 2 give estimates free of sampling noise with standard errors over steps, 3 or more also
+    within a step. ``accumulate``: a step has several backward passes; every source's gradients are then kept until it
+    ends (S·F numbers for each of the model's; LoRA factors are always kept). ``optimizer``: an Adam, for products in its metric.
+    ``key``: name of the model's keyword argument that carries the tags (it is taken out before the model sees it), for loops
+    that can't call :meth:`tag`. ``window``: recordings that the pooled rows of the table look back on.
+
+    Exact for tokens of different sources that do not attend to each other: rows of a batch, or packed rows under a
+    block-diagonal mask. Cost: the products of the gradients, S·F·(S·F + 1)/(6N) of a layer's work at N tokens, and memory
+    for :data:`drift.uses.BLOCK` numbers. Under torch.distributed gradients are averaged over the processes before the products
+    (S·F times the gradient's traffic, at the steps that measure).
+
+    >>> model = nn.Linear(2, 1, bias=False)
+    >>> sources = SourceGradients(model, ["task", "self"], folds=1)
+    >>> with sources:
+    ...     sources.tag([0, 1])
+    ...     model(torch.tensor([[1.0, 0.0], [1.0, 1.0]])).sum().backward()
+    ...     alignment = sources.step()
+    >>> alignment.inner().tolist(), round(alignment.raw_cos("task", "self"), 4)
+    ([[1.0, 1.0], [1.0, 2.0]], 0.7071)
+    """
+
+    name = "sources"
+
+    def __init__(self, model: nn.Module, sources: Sequence[str], *, every: int | Schedule | None = None, folds: int = 2,
+                 accumulate: bool = False, optimizer: torch.optim.Optimizer | None = None, key: str | None = None,
+                 window: int = 20) -> None:
+        self.sources = tuple(sources)
+        if len(set(self.sources)) < max(2, len(self.sources)):
+            raise ValueError(f"sources must be two or more different names, got {list(sources)}")
+        if folds < 1 or window < 1:
+            raise ValueError(f"folds and window must be at least 1, got folds={folds}, window={window}")
+        self._parameters = parameters(model)
+        if not any(p.requires_grad for p in self._parameters.values()):
+            raise ValueError("the model has no trainable parameter, so there is no gradient; set requires_grad on some")
+        self.model, self.folds, self.accumulate, self.optimizer, self.key = model, folds, accumulate, optimizer, key
+        self.every: int | Schedule | None = None  # of the recorder: rows are there whenever a step was measured
+        self._due = schedule(every)
+        self._follows = every is None
+        self._last, self._at = 0, 0
+        self._open = False
+        self._collector: SourceCollector | None = None
+        self._interceptor = Interceptor(model)
+        self._handles: list[Any] = []
+        self._checked = False
+        self.coverage: dict[str, Any] = {}
+        self._recent: deque[SourceAlignment] = deque(maxlen=window)
+        self._process_group = dist.new_group() if dist.is_initialized() and dist.get_world_size() > 1 else None
+
+    # --- attaching -----------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> Self:
+        self._open = True
+        self._handles.append(self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True, prepend=True))
+        if self.optimizer is not None:
+            self._handles.append(self.optimizer.register_step_pre_hook(lambda *_: self._finish()))
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._detach()
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._open = False
+
+    def _detach(self) -> None:
+        self._interceptor.detach()
+        if self._collector is not None:
+            self._collector.release()
+        self._collector = None
+
+    # --- one step ------------------------------------------------------------------------------------------------
+
+    def tag(self, sources: Tensor | Sequence[int] | Sequence[str], units: Tensor | None = None) -> None:
+        """Say whose the rows or tokens of the coming forward pass are.
+
+        ``sources``: [B] names or numbers of sources, or [B, T] numbers; -1: nobody's (their part of the gradient is left out of
+        all products). ``units`` [B, T]: which independent row a token belongs to, where several are packed into one; by
+        default runs of one source in a row of the batch are taken for one unit.
+        """
+        if not self._open:
+            raise RuntimeError("SourceGradients is not attached: use it in a with block, or give it to drift.record as a probe")
+        if not self._due(self._last + 1):
+            return
+        index, unit = self._parsed(sources, units)
+        if self._collector is None:
+            self._begin(untagged=bool((index < 0).any()))
+        elif not self.accumulate:
+            raise RuntimeError("tag was called twice in one step; call step() after each optimiser step, or give "
+                               "SourceGradients(accumulate=True) if a step has several backward passes")
+        self._interceptor.groups = Groups(self._collector.deal(index, unit), self._collector.n_groups)
+
+    def step(self) -> SourceAlignment | None:
+        """End an optimiser step; the alignment of its gradients, or None where the step was not measured."""
+        self._finish()
+        self._last += 1
+        if self._collector is None:
+            return None
+        found = self._collector.result
+        self._detach()
+        if found is None:
+            return None
+        alignment = SourceAlignment(self.sources, self.folds, found.grams, found.units.reshape(len(self.sources), -1),
+                                    found.coverage, found.missing)
+        self._recent.append(alignment)
+        self._at = self._last
+        self.coverage = {"covered": alignment.coverage, "missing": dict(alignment.missing)}
+        return alignment
+
+    def _begin(self, *, untagged: bool) -> None:
+        self._collector = SourceCollector(
+            self.model, {n: p for n, p in self._parameters.items() if p.requires_grad}, len(self.sources), self.folds,
+            untagged=untagged, accumulate=self.accumulate, optimizer=self.optimizer, process_group=self._process_group,
+            watch=not (self._checked or self._process_group or self.accumulate))
+        self._interceptor.attach(self._collector)
+
+    def _finish(self) -> None:
+        if self._collector is not None and self._collector.result is None and self._collector.touched:
+            self._collector.finish()
+            self._checked = True
+
+    def _parsed(self, sources, units) -> tuple[Tensor, Tensor | None]:
+        if not isinstance(sources, Tensor) and len(sources) and isinstance(sources[0], str):
+            unknown = sorted(set(sources) - set(self.sources))
+            if unknown:
+                raise ValueError(f"sources holds {unknown}; the names are {list(self.sources)}")
+            sources = [self.sources.index(s) for s in sources]
+        index = torch.as_tensor(sources).cpu()
+        if index.dim() not in (1, 2) or index.is_floating_point() or index.is_complex():
+            raise ValueError(f"sources must be whole numbers [B] or [B, T], got {index.dtype} {tuple(index.shape)}")
+        index = index.long()
+        if index.numel() == 0 or not (int(index.min()) >= -1 and int(index.max()) < len(self.sources)):
+            raise ValueError(f"sources must lie in -1 ... {len(self.sources) - 1}, got "
+                             f"{'nothing' if index.numel() == 0 else f'{int(index.min())} ... {int(index.max())}'}")
+        if not bool((index >= 0).any()):
+            raise ValueError("sources is -1 throughout, so there is no source's gradient to measure")
+        if units is not None and (index.dim() == 1 or units.shape != index.shape):
+            raise ValueError(f"units must have the shape of sources [B, T], got {tuple(units.shape)} and {tuple(index.shape)}")
+        return index, None if units is None else units.cpu().long()
+
+    def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]):
+        if self.key is not None and self.key in kwargs:
+            kwargs = dict(kwargs)
+            self.tag(kwargs.pop(self.key))
+        if self._interceptor.groups is not None:
+            self._learn_shape([*args, *kwargs.values()])
+        return args, kwargs
+
+    def _learn_shape(self, inputs: Sequence[Any]) -> None:
+        """Rows and tokens of the batch, from the model's first tensor of at least one dimension."""
+        shape = next((tuple(x.shape) for x in inputs if isinstance(x, Tensor) and x.dim() >= 1), None)
+        groups = self._interceptor.groups
+        index = groups.index
+        if shape is not None and (shape[0] != len(index) or (index.dim() == 2 and len(shape) > 1 and shape[1] != index.shape[1])):
+            raise ValueError(f"sources was {list(index.shape)} in tag, but the model is given a batch of shape {list(shape)}")
+        if shape is not None and len(shape) > 1 and groups.tokens is None:
+            self._interceptor.groups = Groups(index, groups.n, tokens=shape[:2])
+
+    # --- as a probe of drift.record ------------------------------------------------------------------------------
+
+    def prepare(self, model: nn.Module, reference: Any) -> None:
+        """Nothing has to be prepared."""
+        if model is not self.model:
+            raise ValueError(f"SourceGradients was made for another {type(self.model).__name__} than the model that is recorded")
+
+    def attach(self, due: Schedule, step: int) -> None:
+        """Start watching after ``step``; the recorder's schedule is taken where ``every`` was not given."""
+        self._last = step
+        if self._follows:
+            self._due = due
+        self.__enter__()
+
+    def detach(self) -> None:
+        """Stop watching."""
+        self.__exit__(None, None, None)
+
+    def rows(self, model: nn.Module, step: int) -> list[Row]:
+        """Table rows of the step that has just ended, if it was measured (else none).
+
+        For the whole model, each block and each parameter, and every metric (``align``, ``align_adam``, ``align_lora``):
+        ``/raw_inner``, ``/raw_cos`` (this step's gradients), ``/inner``, ``/cos`` (expected gradients, this step), ``/norm2`` (squared norm of a
+        source's expected gradient), and, pooled over the last recordings with a standard error, ``/pooled_cos``, ``/pooled_inner``.
+        """
+        if not self._recent or self._at != self._last:
+            return []
+        now = self._recent[-1]
+        return [replaced for metric, per_name in now.grams.items() for where in _scopes(per_name)
+                for replaced in _rows(list(self._recent), metric, where, step)]
+
+
+def _scopes(names: Mapping[str, Gram]) -> list[dict[str, Any]]:
+    layers = sorted({layer for name in names if (layer := layer_index(name)) is not None})
+    return [{}, *({"layer": layer} for layer in layers), *({"module": name} for name in names)]
+
+
+def _rows(recent: Sequence[SourceAlignment], metric: str, where: dict[str, Any], step: int) -> list[Row]:
+    now = recent[-1]
+    prefix = "align" if metric == SGD else f"align_{metric}"
+    module = where.get("module", "")
+    layer = where.get("layer") if not module else layer_index(module)
+    where = {**where, "metric": metric}
+    inner = now.inner(**where)
+    rows = []
+
+    def add(name: str, source: str, value: float, error: float | None = None) -> None:
+        rows.append(Row(step=step, metric=f"{prefix}/{name}", layer=layer, module=module, source=source, value=float(value), stderr=error))
+
+    for i, a in enumerate(now.sources):
+        add("raw_norm2", a, inner[i, i])
+        add("norm2", a, *pooled([now], [a], mean_inner, **where))
+        for j in range(i + 1, len(now.sources)):
+            pair = [a, now.sources[j]]
+            shown = "|".join(pair)
+            add("raw_inner", shown, inner[i, j])
+            add("raw_cos", shown, now.raw_cos(*pair, **where))
+            for key, statistic in (("inner", mean_inner), ("cos", cosine)):
+                add(key, shown, *pooled([now], pair, statistic, **where))
+                if len(recent) >= 3 and not module:
+                    add(f"pooled_{key}", shown, *pooled(recent, pair, statistic, **where))
+    return rows

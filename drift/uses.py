@@ -1,0 +1,142 @@
+r"""The gradient of one parameter, group of tokens by group, from the pieces that its layer holds when autograd passes.
+
+A weight used as :math:`y_t = W x_t` has the gradient :math:`\sum_t e_t x_t^\top` with :math:`e_t=\partial L/\partial y_t`: summing over the
+tokens of one group at a time costs what the plain product costs. Groups' gradients are formed for a few rows of the
+weight at a time, so that they never take more than a few megabytes.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from drift.groups import Split
+
+BLOCK = 2**22  # numbers of all groups' gradients that are in memory at once
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Gradient :math:`l^T r` of ``left`` [N, m], as its layer has it, and ``right`` [N, n], sorted by ``split``."""
+
+    left: Tensor
+    right: Tensor
+    split: Split
+
+    @property
+    def bounds(self) -> tuple[int, ...]:
+        return self.split.bounds
+
+    def add_to(self, out: Tensor, start: int, *, fresh: bool) -> None:
+        """Add rows ``start`` on of every group's gradient to ``out`` [G, rows, n] (``fresh``: write, not add)."""
+        columns = self.split.sort(self.left[:, start : start + out.shape[1]])
+        for group, (low, high) in enumerate(pairwise(self.bounds)):
+            if fresh:
+                torch.mm(columns[low:high].T, self.right[low:high], out=out[group])
+            else:
+                out[group].addmm_(columns[low:high].T, self.right[low:high])
+
+
+@dataclass(frozen=True)
+class Sparse:
+    """Gradient of an embedding: ``right`` [N, n] goes to the weight's rows ``ids`` [N]; sorted by group, group g is ``bounds[g]:bounds[g + 1]``."""
+
+    ids: Tensor
+    right: Tensor
+    bounds: tuple[int, ...]
+
+    def groups(self) -> Tensor:
+        """Group of each token, [N]."""
+        counts = torch.tensor([high - low for low, high in pairwise(self.bounds)], device=self.ids.device)
+        return torch.repeat_interleave(torch.arange(len(counts), device=self.ids.device), counts)
+
+    def add_to(self, out: Tensor, start: int, *, fresh: bool) -> None:
+        """As :meth:`Dense.add_to`."""
+        if fresh:
+            out.zero_()
+        rows = out.shape[1]
+        here = (self.ids >= start) & (self.ids < start + rows)
+        places = self.groups()[here] * rows + self.ids[here] - start
+        out.view(-1, out.shape[2]).index_add_(0, places, self.right[here].to(out.dtype))
+
+    def at(self, rows: Tensor) -> Tensor:
+        """Every group's gradient at the weight's ``rows`` [R] (sorted, all ids among them), [G, R, n]."""
+        out = self.right.new_zeros(len(self.bounds) - 1, len(rows), self.right.shape[1])
+        places = self.groups() * len(rows) + torch.searchsorted(rows, self.ids)
+        out.view(-1, out.shape[2]).index_add_(0, places, self.right)
+        return out
+
+
+@dataclass(frozen=True)
+class Formed:
+    """Every group's gradient as it is, ``parts`` [G, *shape]: vectors, and weights whose layers were run group by group."""
+
+    parts: Tensor
+
+
+Use = Dense | Sparse | Formed
+
+
+def blocks(uses: Sequence[Use], workspace: Tensor | None = None) -> Iterator[tuple[slice | Tensor, Tensor]]:
+    """(rows of the weight, every group's gradient there [G, rows, n]) block by block; each tensor is valid until the next.
+
+    Rows are a slice, or a tensor of row numbers for embeddings (rows that no token uses are left out: 0). ``uses`` are all the
+    uses of one parameter; their gradients are added before anything is yielded. ``workspace``: a flat tensor of ``BLOCK`` numbers to
+    form them in (fresh memory is slow: the system hands it out page by page).
+    """
+    formed = [use.parts for use in uses if isinstance(use, Formed)]
+    if formed:
+        if len(formed) < len(uses):
+            raise NotImplementedError("a weight is used both by a layer that is run group by group and by another")
+        total = torch.stack(formed).sum(0) if len(formed) > 1 else formed[0]
+        yield slice(0, total.shape[1]), total.reshape(len(total), total.shape[1], -1)
+        return
+    dense = [use for use in uses if isinstance(use, Dense)]
+    n_groups, n = len(uses[0].bounds) - 1, uses[0].right.shape[1]
+    step = max(1, BLOCK // (n_groups * n))
+    if not dense:
+        ids = torch.cat([use.ids for use in uses])
+        for chunk in ids.unique().split(step):
+            kept = [(use, (use.ids >= chunk[0]) & (use.ids <= chunk[-1])) for use in uses]
+            yield chunk, sum(_part(use, here).at(chunk) for use, here in kept)
+        return
+    ordered = [*dense, *(use for use in uses if isinstance(use, Sparse))]
+    m = dense[0].left.shape[1]
+    size = n_groups * min(step, m) * n
+    fits = workspace is not None and workspace.numel() >= size and workspace.dtype == dense[0].left.dtype
+    memory = workspace if fits and workspace.device == dense[0].left.device else dense[0].left.new_empty(size)
+    for start in range(0, m, step):
+        rows = min(step, m - start)
+        out = memory[: n_groups * rows * n].view(n_groups, rows, n)
+        for use in ordered:
+            use.add_to(out, start, fresh=use is ordered[0])
+        yield slice(start, start + rows), out
+
+
+def _part(use: Sparse, here: Tensor) -> Sparse:
+    kept = torch.cat([here.new_zeros(1, dtype=torch.int64), here.cumsum(0)])
+    return Sparse(use.ids[here], use.right[here], tuple(kept[list(use.bounds)].tolist()))
+
+
+def gram(parts: Tensor, weights: Tensor | None = None) -> Tensor:
+    r"""Inner products :math:`\sum_p w_p\,x_{ip}x_{jp}` of ``parts`` [G, ...], a [G, G] float64 tensor.
+
+    Products and sums of up to ``BLOCK`` numbers run in float32 (float64 stays float64), sums beyond in float64.
+
+    >>> gram(torch.tensor([[1.0, 2.0], [3.0, 0.0]]), torch.tensor([1.0, 0.5]))
+    tensor([[3., 3.],
+            [3., 9.]], dtype=torch.float64)
+    """
+    flat = parts.reshape(len(parts), -1)
+    flat = flat if flat.dtype == torch.float64 else flat.float()
+    if weights is not None:
+        weights = weights.reshape(-1).to(flat.dtype)
+    total = torch.zeros(len(flat), len(flat), dtype=torch.float64, device=flat.device)
+    step = max(1, BLOCK // len(flat))
+    for start in range(0, flat.shape[1], step):
+        piece = flat[:, start : start + step]
+        other = piece if weights is None else piece * weights[start : start + step]
+        total += (other @ piece.T).double()
+    return total
