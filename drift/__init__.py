@@ -9,17 +9,18 @@ from typing import Any
 from drift import adapters, lowrank, schedules
 from drift.alignment import AlignmentProbe, GradientGram, gradient_gram
 from drift.divergence import DivergenceProbe, RowDivergences, TokenDivergences, token_divergences
-from drift.lowrank import lora_norm, lora_spectrum
 from drift.recorder import Probe, Recorder, record
+from drift.reference import Reference
 from drift.sources import SourceAlignment, SourceGradients
-from drift.style import STYLE_FEATURES, StyleProbe, style_distance, style_features
+from drift.style import STYLE_FEATURES, StyleComparison, StyleProbe, compare_styles, style_distance, style_features, style_matrix
 from drift.table import Row, read_table
-from drift.weights import ParameterDrift, Reference, parameter_drift
+from drift.weights import ParameterDrift, parameter_drift
 
 __all__ = [
     "STYLE_FEATURES", "AlignmentProbe", "DivergenceProbe", "DriftCallback", "GradientGram", "ParameterDrift", "Probe",
-    "Recorder", "Reference", "Row", "RowDivergences", "SourceAlignment", "SourceGradients", "StyleProbe", "TokenDivergences", "adapters", "gradient_gram", "lora_norm",
-    "lora_spectrum", "lowrank", "parameter_drift", "read_table", "record", "schedules", "style_distance", "style_features", "token_divergences",
+    "Recorder", "Reference", "Row", "RowDivergences", "SourceAlignment", "SourceGradients", "StyleComparison", "StyleProbe",
+    "TokenDivergences", "adapters", "compare_styles", "gradient_gram", "lowrank", "parameter_drift", "read_table", "record",
+    "schedules", "style_distance", "style_features", "style_matrix", "token_divergences",
 ]
 
 

@@ -21,10 +21,11 @@ from drift.groups import Groups
 from drift.intercept import Interceptor, UseCollector
 from drift.modes import measuring
 from drift.names import layer_index, parameters
+from drift.numerics import at_least_fp32
+from drift.reference import Reference
 from drift.table import Row
 from drift.uses import Use, blocks
 from drift.uses import gram as gram_of
-from drift.weights import Reference
 
 Gram = NDArray[np.float64]
 Rows = Sequence[int]
@@ -202,8 +203,7 @@ class _RowGrams(UseCollector):
 def _summed_loss(logits: Tensor, labels: Tensor) -> Tensor:
     counted = labels[:, 1:] != IGNORE
     kept = logits[:, :-1][counted]
-    kept = kept if kept.dtype == torch.float64 else kept.float()
-    return nn.functional.cross_entropy(kept, labels[:, 1:][counted], reduction="sum")
+    return nn.functional.cross_entropy(at_least_fp32(kept), labels[:, 1:][counted], reduction="sum")
 
 
 def join_batches(batches: Sequence[Batch]) -> dict[str, Tensor]:

@@ -7,8 +7,8 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from drift.recorder import Probe, Recorder, record
+from drift.reference import Reference
 from drift.schedules import Schedule
-from drift.weights import Reference
 
 
 class DriftCallback(TrainerCallback):

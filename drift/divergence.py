@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from drift.modes import measuring
+from drift.numerics import at_least_fp32
+from drift.reference import Reference
 from drift.table import Row
-from drift.weights import Reference
 
 Batch = Mapping[str, Any]
 Forward = Callable[[nn.Module, Batch], Tensor]
@@ -116,11 +117,7 @@ def _excluded(weight: Tensor, log: Tensor) -> Tensor:
 
 
 def _log_softmax(logits: Tensor) -> Tensor:
-    return torch.log_softmax(_at_least_fp32(logits), dim=-1)
-
-
-def _at_least_fp32(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+    return torch.log_softmax(at_least_fp32(logits), dim=-1)
 
 
 @dataclass(frozen=True)
@@ -170,7 +167,7 @@ class DivergenceProbe:
         if self._prepared_for is reference:
             return
         with measuring(model), torch.no_grad(), reference.swapped_into(model):
-            self._base = [_at_least_fp32(self._counted(model, batch)[0]).cpu() for batch in self.batches]
+            self._base = [at_least_fp32(self._counted(model, batch)[0]).cpu() for batch in self.batches]
         self._prepared_for = reference
 
     def per_row(self, model: nn.Module) -> RowDivergences:

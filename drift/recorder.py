@@ -10,9 +10,10 @@ import pyarrow as pa
 from torch import nn
 
 from drift.names import parameters
+from drift.reference import Reference
 from drift.schedules import Schedule, schedule
 from drift.table import Row, Table, write_meta
-from drift.weights import ParameterDrift, Reference, parameter_drift
+from drift.weights import ParameterDrift, parameter_drift
 
 
 class Probe(Protocol):

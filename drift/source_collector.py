@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from drift.adapters import adapters
 from drift.lowrank import induced_gram
+from drift.numerics import squared_norm
 from drift.uses import BLOCK, Formed, Sparse, Use, blocks, gram
-from drift.weights import squared_norm
 
 Gram = NDArray[np.float64]
 SGD, ADAM, LORA = "sgd", "adam", "lora"

@@ -262,13 +262,16 @@ class SourceGradients:
         return args, kwargs
 
     def _learn_shape(self, inputs: Sequence[Any]) -> None:
-        """Rows and tokens of the batch, from the model's first tensor of at least one dimension."""
-        shape = next((tuple(x.shape) for x in inputs if isinstance(x, Tensor) and x.dim() >= 1), None)
+        """Rows and tokens of the batch, from the model's first tensor: ids [B, T], embeddings [B, T, n], or plain vectors [B, n]."""
+        first = next((x for x in inputs if isinstance(x, Tensor) and x.dim() >= 1), None)
+        if first is None:
+            return
+        shape = tuple(first.shape[:-1] if first.is_floating_point() else first.shape)
         groups = self._interceptor.groups
         index = groups.index
-        if shape is not None and (shape[0] != len(index) or (index.dim() == 2 and len(shape) > 1 and shape[1] != index.shape[1])):
+        if shape[0] != len(index) or (index.dim() == 2 and len(shape) > 1 and shape[1] != index.shape[1]):
             raise ValueError(f"sources was {list(index.shape)} in tag, but the model is given a batch of shape {list(shape)}")
-        if shape is not None and len(shape) > 1 and groups.tokens is None:
+        if len(shape) > 1 and groups.tokens is None:
             self._interceptor.groups = Groups(index, groups.n, tokens=shape[:2])
 
     # --- as a probe of drift.record ------------------------------------------------------------------------------

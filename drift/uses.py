@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from drift.groups import Split
+from drift.numerics import at_least_fp32
 
 BLOCK = 2**22  # numbers of all groups' gradients that are in memory at once
 
@@ -129,8 +130,7 @@ def gram(parts: Tensor, weights: Tensor | None = None) -> Tensor:
     tensor([[3., 3.],
             [3., 9.]], dtype=torch.float64)
     """
-    flat = parts.reshape(len(parts), -1)
-    flat = flat if flat.dtype == torch.float64 else flat.float()
+    flat = at_least_fp32(parts.reshape(len(parts), -1))
     if weights is not None:
         weights = weights.reshape(-1).to(flat.dtype)
     total = torch.zeros(len(flat), len(flat), dtype=torch.float64, device=flat.device)

@@ -1,193 +1,59 @@
-"""Parameter drift: how far the weights are from where they started, per parameter.
+"""Parameter drift: how far the weights are from where they started, per parameter."""
 
-Norms of many millions of float32 numbers lose digits when summed in one go (one sum over 59 M elements can be off by
-several parts in a thousand), and differences of bfloat16 numbers lose them before any sum. So every element is
-brought to float32 first, squares are summed in float32 over short chunks, and the chunk sums in float64.
-"""
-
-import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from math import acos, nan, sqrt
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
-from drift.adapters import adapters_disabled, has_adapters
-from drift.lowrank import Factors, adapted_weights, lora_norm
-from drift.names import canonical_name, layer_index, parameters, tied
+from drift.deltas import Delta, DenseDelta, DoraDelta, FactoredDelta, ResidualDelta, factors_of
+from drift.names import layer_index, parameters
+from drift.reference import Reference
+from drift.spectra import intruders, leading, principal_angles
 
-_CHUNK = 65536  # elements summed in float32 before float64 takes over
-
-
-def _sum(products: Tensor) -> Tensor:
-    """Sum of a 1-d tensor: float32 within chunks, float64 across them (float64 throughout for float64 input)."""
-    whole = products.numel() // _CHUNK * _CHUNK
-    head = products[:whole].view(-1, _CHUNK).sum(1).double().sum() if whole else products.new_zeros((), dtype=torch.float64)
-    return head + products[whole:].double().sum()
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.detach().reshape(-1).to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-
-
-def inner(x: Tensor, y: Tensor) -> Tensor:
-    r"""Inner product :math:`\sum_i x_i y_i` of two tensors of one shape, as a 0-d float64 tensor on their device.
-
-    Exact products of the inputs' float32 values, summed in float32 over 65,536 elements and in float64 beyond: relative
-    error about 1e-6 at worst for one sign. One pass over both tensors, no synchronisation.
-
-    >>> inner(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])).item()
-    11.0
-    """
-    _same_shape(x, y)
-    return _sum(_wide(x) * _wide(y))
+METRICS: dict[str, str] = {
+    "l2": "‖δ‖₂, the Euclidean (Frobenius) norm of δ = θ − θ₀",
+    "rel": "‖δ‖₂ / ‖θ₀‖₂",
+    "max": "max |δᵢ|",
+    "cos": "cosine between θ and θ₀",
+    "spectral": "largest singular value of a matrix's δ",
+    "stable_rank": "‖δ‖₂² / (largest singular value)²: 1 for one direction, the rank for equal ones",
+    "base_angle": "angle in radians between δ's leading left direction and the span of the base's ten leading ones",
+    "intruders": "of the ten leading left directions of θ, how many are within 53° of none of θ₀'s (arXiv 2410.21228)",
+}
+_SPECTRAL = {"spectral", "stable_rank", "base_angle", "intruders"}
+_K = 10
 
 
-def squared_norm(x: Tensor) -> Tensor:
-    r"""Squared Euclidean norm :math:`\sum_i x_i^2`, as a 0-d float64 tensor (see :func:`inner`).
-
-    >>> squared_norm(torch.tensor([[3.0], [4.0]])).item()
-    25.0
-    """
-    return inner(x, x)
-
-
-def squared_distance(x: Tensor, y: Tensor) -> Tensor:
-    r"""Squared Euclidean distance :math:`\sum_i (x_i - y_i)^2`; both are widened *before* the subtraction.
-
-    ``y`` is moved to the device of ``x``.
-
-    >>> squared_distance(torch.tensor([1.0, 1.0]), torch.tensor([0.0, 3.0])).item()
-    5.0
-    """
-    _same_shape(x, y)
-    difference = _wide(x) - _wide(y.to(x.device, non_blocking=True))
-    return _sum(difference.square_())
-
-
-def _same_shape(x: Tensor, y: Tensor) -> None:
-    if x.shape != y.shape:
-        raise ValueError(f"x and y must have one shape, got {tuple(x.shape)} and {tuple(y.shape)}")
-
-
-class Reference:
-    """The weights θ₀ that drift is measured from: a copy in memory, or safetensors files read tensor by tensor.
-
-    >>> model = nn.Linear(2, 2)
-    >>> reference = Reference.snapshot(model)
-    >>> with torch.no_grad(): _ = model.bias.mul_(3.0)
-    >>> [round(p.rel, 6) for p in parameter_drift(model, reference)]
-    [0.0, 2.0]
-    """
-
-    def __init__(self, tensors: Mapping[str, Tensor] | None = None, files: Mapping[str, Path] | None = None,
-                 factors: Mapping[str, Factors] | None = None) -> None:
-        self._tensors = dict(tensors or {})
-        self._files = dict(files or {})
-        self.factors = dict(factors or {})  # LoRA factors at the start, by base weight
-
-    @classmethod
-    def snapshot(cls, model: nn.Module) -> "Reference":
-        """Remember the model's weights (and LoRA factors) as they are now: one copy on the CPU of every parameter."""
-        return cls({name: p.detach().to("cpu", copy=True) for name, p in parameters(model).items()},
-                   factors={name: f.copy() for name, f in adapted_weights(model)})
-
-    @classmethod
-    def from_safetensors(cls, path: Path | str) -> "Reference":
-        """Weights in a ``.safetensors`` file, or a folder of them (sharded or not); memory-mapped, not copied to memory."""
-        path = Path(path)
-        files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
-        if not files:
-            raise FileNotFoundError(f"{path} is no .safetensors file and holds none")
-        index = path / "model.safetensors.index.json"
-        if path.is_dir() and index.exists():
-            files = sorted({path / f for f in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
-        names: dict[str, Path] = {}
-        for file in files:
-            with safe_open(file, framework="pt") as opened:
-                names.update({canonical_name(name): file for name in opened.keys()})
-        return cls(files=names)
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._tensors or name in self._files
-
-    def names(self) -> set[str]:
-        """The canonical names that it holds."""
-        return {*self._tensors, *self._files}
-
-    def get(self, name: str) -> Tensor:
-        """One tensor of θ₀, on the CPU."""
-        if name in self._tensors:
-            return self._tensors[name]
-        if name not in self._files:
-            raise KeyError(f"the reference has no parameter {name!r}; it has {len(self.names())} others")
-        with safe_open(self._files[name], framework="pt") as opened:
-            stored = next(key for key in opened.keys() if canonical_name(key) == name)
-            return opened.get_tensor(stored)
-
-    def check(self, model: nn.Module) -> None:
-        """Raise ``ValueError`` unless every parameter of the model is here with its shape (LoRA factors may be missing)."""
-        mine = parameters(model)
-        aliases: dict[str, str] = {new: old for old, new in tied(model).items()}
-        missing = [n for n in mine if n not in self and aliases.get(n) not in self and ".lora_" not in n]
-        if missing:
-            raise ValueError(f"the reference lacks {len(missing)} of the model's {len(mine)} parameters "
-                             f"({', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}); "
-                             f"it has {len(self.names())} names such as {sorted(self.names())[:2]}")
-        wrong = [(n, tuple(p.shape), tuple(self.get(n).shape)) for n, p in mine.items()
-                 if n in self and self.get(n).shape != p.shape]
-        if wrong:
-            raise ValueError("shapes differ between model and reference: "
-                             + "; ".join(f"{n} is {a}, reference {b}" for n, a, b in wrong[:5]))
-
-    @torch.no_grad()
-    def load_into(self, model: nn.Module) -> None:
-        """Put θ₀ into the model, in place."""
-        self.check(model)
-        for name, parameter in parameters(model).items():
-            if name in self:
-                parameter.copy_(self.get(name))
-
-    @contextmanager
-    def swapped_into(self, model: nn.Module) -> Iterator[None]:
-        """The model holds θ₀ inside the block, and its own weights, to the bit, after it (also after an exception).
-
-        Adapters that the reference does not hold (it was read from a base model's files) are switched off instead.
-        """
-        self.check(model)
-        mine = parameters(model)
-        adapted = has_adapters(model)
-        moved = {n: p for n, p in mine.items() if n in self and (p.requires_grad or not adapted)}
-        switch_off = adapted and not any(".lora_" in n for n in moved)
-        kept = {n: p.detach().clone() for n, p in moved.items()}
-        with torch.no_grad():
-            for name, parameter in moved.items():
-                parameter.copy_(self.get(name))
-        try:
-            with adapters_disabled(model) if switch_off else nullcontext():
-                yield
-        finally:
-            with torch.no_grad():
-                for name, parameter in moved.items():
-                    parameter.copy_(kept[name])
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ParameterDrift:
-    r"""Drift of one parameter: ``l2`` :math:`=\lVert\theta-\theta_0\rVert_2`, ``base_l2`` :math:`=\lVert\theta_0\rVert_2`."""
+    r"""Drift of one parameter: the metrics of :data:`METRICS` that were asked for, nan where one does not apply.
+
+    ``base_l2`` is :math:`\lVert\theta_0\rVert_2`. Spectral metrics are of matrices only (vectors and stacks of experts: nan).
+    """
 
     name: str
-    l2: float
-    base_l2: float
     numel: int
+    l2: float
+    base_l2: float = nan
+    max: float = nan
+    cos: float = nan
+    spectral: float = nan
+    stable_rank: float = nan
+    base_angle: float = nan
+    intruders: float = nan
 
     @property
     def rel(self) -> float:
-        """``l2 / base_l2``; nan if the parameter was 0."""
-        return self.l2 / self.base_l2 if self.base_l2 else float("nan")
+        """``l2 / base_l2``; nan if the parameter was 0, or if its base values are not at hand."""
+        return self.l2 / self.base_l2 if self.base_l2 else nan
+
+    @property
+    def angle(self) -> float:
+        """Angle between θ and θ₀ in radians; small ones (below 1e-7) are lost in the cosine."""
+        return acos(max(-1.0, min(1.0, self.cos)))
 
     @property
     def layer(self) -> int | None:
@@ -195,31 +61,156 @@ class ParameterDrift:
         return layer_index(self.name)
 
 
-@torch.no_grad()
-def parameter_drift(model: nn.Module, reference: Reference) -> list[ParameterDrift]:
-    r"""Drift :math:`\lVert\theta_p-\theta_{0,p}\rVert_2` of every parameter *p* that can have moved.
+Side = nn.Module | Path | str | Reference
 
-    Exact up to float32 rounding (see :func:`inner`). With LoRA it is the drift of the *effective* weight
-    :math:`W_0 + s\,BA` under the base weight's name, from the factors alone (less their product at the start, for
-    initialisations where that is not 0). Frozen parameters are left out: they are 0.
-    Cost: one read of θ and θ₀; one device synchronisation in all.
+
+@torch.no_grad()
+def parameter_drift(model: Side, base: Side, *, metrics: Collection[str] = ("l2", "rel")) -> list[ParameterDrift]:
+    r"""Drift :math:`\delta_p=\theta_p-\theta_{0,p}` of every parameter *p* that can have moved, between any two states of a model.
+
+    ``model``, ``base``: a live model, a :class:`~drift.reference.Reference`, a ``.safetensors`` file, a checkpoint folder (sharded or
+    not) or a PEFT adapter folder. Of a live model the trainable parameters are measured; of files, all. ``metrics``: names in
+    :data:`METRICS`; ``l2`` is always there.
+
+    With LoRA it is the drift of the *effective* weight, under the base weight's name: :math:`s\,BA` of plain, rank-stabilised and
+    several adapters; less their product at the start where that is not 0 (PiSSA, OLoRA: ``base`` must be a snapshot or
+    the adapter folder saved at the start); with DoRA's rescaling of the rows. All from the factors in float64, and a
+    factored update's spectrum is exact. Where the frozen weights differ from the base's as well, sums run over a few rows of the
+    formed weight at a time. Quantised base weights are not read: their ``rel`` and ``cos`` are nan, LoRA's own drift is exact.
+
+    Exact up to float32 rounding of the inputs (:func:`drift.numerics.inner`). Cost: one read of θ and θ₀, one device
+    synchronisation in all; ``max`` forms factored updates a few rows at a time, ``cos`` costs :math:`O(mnr)` for them; spectral metrics of
+    dense weights cost :math:`O(mn\min(m,n))` each.
+
+    Raises ``ValueError`` for unknown metrics, parameters that are missing or of another shape on one side, weights on the meta device and
+    models with nothing trainable; ``FloatingPointError`` for weights that are not finite.
+
+    >>> model = nn.Linear(2, 2, bias=False)
+    >>> before = Reference.snapshot(model)
+    >>> model.weight.data += torch.tensor([[0.0, 3.0], [0.0, 0.0]])
+    >>> [d] = parameter_drift(model, before, metrics=["max", "spectral", "stable_rank"])
+    >>> d.name, round(d.l2, 5), round(d.max, 5), round(d.spectral, 5), round(d.stable_rank, 5)
+    ('weight', 3.0, 3.0, 3.0, 1.0)
     """
-    names, squares = [], []
-    mine = parameters(model)
-    for name, parameter in mine.items():
-        if parameter.requires_grad and ".lora_" not in name:
-            base = reference.get(name)
-            names.append((name, parameter.numel()))
-            squares.append(torch.stack([squared_distance(parameter, base), squared_norm(base).to(parameter.device)]))
-    for name, factors in adapted_weights(model):
-        start = reference.factors.get(name)
-        zero_start = start is None or not start.b.any()
-        a0, b0 = (None, None) if zero_start else (start.a.to(factors.a.device), start.b.to(factors.b.device))
-        norm2 = lora_norm(factors.a, factors.b, a0=a0, b0=b0).square()
-        base2 = squared_norm(mine[name])
-        names.append((name, mine[name].numel()))
-        squares.append(torch.stack([norm2, base2]))
-    if not names:
+    unknown = set(metrics) - set(METRICS)
+    if unknown:
+        raise ValueError(f"metrics holds {sorted(unknown)}; there are {', '.join(METRICS)}")
+    deltas = dict(_deltas(model, base))
+    if not deltas:
         raise ValueError("the model has no trainable parameter, so nothing can drift; set requires_grad on some")
-    values = torch.stack([s.to(squares[0].device) for s in squares]).sqrt().cpu().tolist()
-    return [ParameterDrift(name, l2, base, numel) for (name, numel), (l2, base) in zip(names, values, strict=True)]
+    wanted = [name for name in ("rel", "cos", "max") if name in metrics]
+    sums = torch.stack([torch.stack([v.to(torch.float64).cpu() if not v.is_cuda else v for v in _sums(d, wanted)]) for d in deltas.values()])
+    drifts = [_drift(name, delta, row, metrics) for (name, delta), row in zip(deltas.items(), sums.cpu().tolist(), strict=True)]
+    bad = [d.name for d in drifts if not d.l2 < float("inf")]
+    if bad:
+        raise FloatingPointError(f"weights are not finite in {len(bad)} parameters: {', '.join(bad[:5])}{', ...' if len(bad) > 5 else ''}")
+    return drifts
+
+
+def _sums(delta: Delta, wanted: Collection[str]) -> tuple[Tensor, ...]:
+    square = delta.squared()
+    nothing = torch.full_like(square, nan)
+    return (square, delta.base_squared() if "rel" in wanted or "cos" in wanted else nothing,
+            delta.with_base() if "cos" in wanted else nothing, delta.max_abs() if "max" in wanted else nothing)
+
+
+def _drift(name: str, delta: Delta, sums: list[float], metrics: Collection[str]) -> ParameterDrift:
+    square, base_square, product, largest = sums
+    now_square = base_square + 2 * product + square
+    cos = (base_square + product) / sqrt(base_square * now_square) if base_square > 0 and now_square > 0 else nan
+    found = ParameterDrift(name=name, numel=delta.numel, l2=sqrt(square), base_l2=sqrt(base_square), max=largest, cos=cos)
+    wanted = _SPECTRAL & set(metrics)
+    if not wanted or (isinstance(delta, DenseDelta) and delta.now.dim() != 2):
+        return found
+    return ParameterDrift(**{**found.__dict__, **_spectral(delta, wanted)})
+
+
+def _spectral(delta: Delta, wanted: Collection[str]) -> dict[str, float]:
+    left, values = delta.directions(1)
+    top = float(values[0])
+    found = {"spectral": top, "stable_rank": float(values.square().sum()) / top**2 if top > 0 else nan}
+    if top > 0 and wanted & {"base_angle", "intruders"}:
+        base = delta.base().double()
+        if "base_angle" in wanted:
+            found["base_angle"] = float(principal_angles(left, leading(base, min(_K, *base.shape))[0])[0])
+        if "intruders" in wanted:
+            found["intruders"] = float(intruders(base, base + delta.formed(), k=_K))
+    return {name: value for name, value in found.items() if name in wanted}
+
+
+# --- which form a change has ------------------------------------------------------------------------------------
+
+
+def _deltas(model: Side, base: Side) -> Iterator[tuple[str, Delta]]:
+    now, before = Reference.of(model), Reference.of(base)
+    live = parameters(model) if isinstance(model, nn.Module) else None
+    adapted = sorted({*now.adapters, *before.adapters})
+    _check(now, before, live, adapted)
+    for name in live if live is not None else sorted(now.names()):
+        parameter = live[name] if live is not None else None
+        if ".lora_" in name or name in adapted or (parameter is not None and not parameter.requires_grad):
+            continue
+        yield name, DenseDelta(now.get(name), before.get(name))
+    for name in adapted:
+        yield name, _adapted(name, now, before)
+
+
+def _check(now: Reference, before: Reference, live: dict[str, nn.Parameter] | None, adapted: Collection[str]) -> None:
+    measured = now.names() if live is None else {n for n, p in live.items() if p.requires_grad}
+    measured = {n for n in measured if ".lora_" not in n and n not in adapted}
+    missing = sorted(n for n in measured if n not in before)
+    extra = sorted(n for n in before.names() - now.names() if ".lora_" not in n) if live is None and measured else []
+    if missing or extra:
+        raise ValueError(f"{now.source} and {before.source} differ in their parameters: {len(missing)} only in the first "
+                         f"({', '.join(missing[:5])}), {len(extra)} only in the second ({', '.join(extra[:5])})")
+    wrong = [(n, now.shape(n), before.shape(n)) for n in sorted(measured) if now.shape(n) != before.shape(n)]
+    if wrong:
+        raise ValueError("shapes differ between model and base: " + "; ".join(f"{n} is {a}, base {b}" for n, a, b in wrong[:5]))
+    if live is not None:
+        meta = [n for n in sorted(measured) if live[n].is_meta]
+        if meta:
+            raise ValueError(f"{len(meta)} parameters are on the meta device and have no values ({', '.join(meta[:3])}); load the weights first")
+        shared = [n for n in sorted(measured) if n in before and before.aliases(n, live[n])]
+        if shared:
+            raise ValueError(f"{shared[0]} was frozen when the snapshot was taken, so no copy of it was kept, and is trainable now; take the "
+                             "snapshot after choosing what is trained")
+    for side in (now, before):
+        if side.moved_base and not (now.adapters and before.adapters):
+            raise ValueError(f"{side.source} was initialised by {side.moved_base}, which moved part of the base weights into the adapter: its product "
+                             "is not the drift. Give the adapter that was saved at the start as base")
+
+
+def _adapted(name: str, now: Reference, before: Reference) -> Delta:
+    after, start = now.adapters.get(name, []), before.adapters.get(name, [])
+    if any(adapter.magnitude is not None for adapter in (*after, *start)):
+        return _dora(name, now, before)
+    (a, b), (a0, b0) = (factors_of(found) if found else (None, None) for found in (after, start))
+    if a is None:  # adapters at the start only: they were taken away
+        a, b = a0[:1] * 0, b0[:, :1] * 0
+    frozen = next((side.get(name) for side in (now, before) if name in side), None)
+    if a0 is not None and not b0.any():
+        a0 = b0 = None
+    if name in now and name in before and not before.holds(name, now.get(name)):
+        if a0 is not None:
+            a, b = torch.cat([a, a0.to(a.device)]), torch.cat([b, -b0.to(b.device)], dim=1)
+        return ResidualDelta(now.get(name), before.get(name), a, b)
+    return FactoredDelta(a, b, a0, b0, None if frozen is None else frozen.to(a.device))
+
+
+def _dora(name: str, now: Reference, before: Reference) -> DoraDelta:
+    after, start = now.adapters.get(name, []), before.adapters.get(name, [])
+    frozen = next((side.get(name) for side in (now, before) if name in side), None)
+    if not after:
+        raise NotImplementedError(f"{name} had a DoRA adapter at the start, and has none now")
+    if frozen is None:
+        raise ValueError(f"{name} uses DoRA, which rescales the base weight, and the base weight is not at hand; give the base model")
+    if "lora_embedding" in after[0].name_a:
+        raise NotImplementedError(f"{name} is an embedding with DoRA, which is not covered")
+    if len(after) != 1 or len(start) > 1 or (start and start[0].b.any()):
+        raise NotImplementedError(f"{name} uses DoRA beside another adapter, or from a start that is not 0")
+    adapter = after[0]
+    # DoRA's rows are the layer's outputs, whatever way round the weight is stored.
+    frozen = (frozen.T if adapter.transposed else frozen).to(adapter.a.device)
+    return DoraDelta(adapter.a.detach(), adapter.scaling * adapter.b.detach(), adapter.magnitude.detach(),
+                     start[0].magnitude if start else None, frozen, adapter.transposed)
+

@@ -16,7 +16,6 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 import drift
 from drift.divergence import token_divergences
-from drift.lowrank import lora_norm
 from sasft.chat import Encoded, collate
 from sasft.mixing import SELF, TASK, make_plan
 from sasft.sampling import Sampler, sample
@@ -83,7 +82,7 @@ def test_drift_of_135_million_parameters(benchmark, model, batch) -> None:
 
 def test_lora_norm_from_factors(benchmark) -> None:
     a, b = torch.randn(16, 4096), torch.randn(4096, 16)
-    compare(benchmark, lambda: lora_norm(a, b), lambda: (b @ a).norm(), "the norm of the product, formed")
+    compare(benchmark, lambda: drift.lowrank.norm(a, b), lambda: (b @ a).norm(), "the norm of the product, formed")
 
 
 def test_divergences_over_a_vocabulary(benchmark) -> None:

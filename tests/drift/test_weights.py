@@ -1,6 +1,8 @@
 """Parameter drift against brute force in float64, and references that restore to the bit."""
 
+import copy
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,8 +11,9 @@ from torch import nn
 
 import drift
 from drift.names import canonical_name, layer_index, parameters, tied
-from drift.weights import inner, squared_distance, squared_norm
-from tests.drift import zoo
+from drift.numerics import inner, squared_distance, squared_norm
+from drift.weights import METRICS
+from tests.drift import families, zoo
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -59,28 +62,191 @@ def test_drift_of_every_parameter_equals_brute_force(kind):
         assert found[name].rel == pytest.approx(found[name].l2 / norm, rel=1e-12) if norm else math.isnan(found[name].rel)
 
 
-def test_lora_drift_is_that_of_the_materialised_weight():
-    model = zoo.llama()
-    before = {canonical_name(n): p.detach().clone() for n, p in model.named_parameters()}
-    wrapped = zoo.lora(model, nonzero=False)
-    reference = drift.Reference.snapshot(wrapped)
-    assert all(p.l2 == 0 for p in drift.parameter_drift(wrapped, reference))
+ALL = tuple(METRICS)
+
+
+def dense_metrics(now: torch.Tensor, before: torch.Tensor) -> dict[str, float]:
+    """Every metric of two dense matrices by the textbook, in float64."""
+    now, before = now.detach().double(), before.detach().double()
+    d = now - before
+    u, s, _ = torch.linalg.svd(d)
+    base, tuned = torch.linalg.svd(before)[0], torch.linalg.svd(now)[0]
+    k = min(10, *d.shape)
+    inside = base[:, :k].T @ u[:, 0]
+    closest = (base[:, : min(d.shape)].T @ tuned[:, :k]).abs().amax(0)
+    return {"l2": d.norm().item(), "rel": (d.norm() / before.norm()).item(), "max": d.abs().max().item(),
+            "cos": ((now * before).sum() / now.norm() / before.norm()).item(), "spectral": s[0].item(),
+            "stable_rank": (s.square().sum() / s[0] ** 2).item(),
+            "base_angle": math.acos(min(1.0, inside.norm().item())), "intruders": float((closest < 0.6).sum())}
+
+
+def check_all(found, now: dict[str, torch.Tensor], before: dict[str, torch.Tensor], rel: float = 1e-6) -> None:
+    for p in found:
+        expected = dense_metrics(now[p.name], before[p.name]) if now[p.name].dim() == 2 else {
+            "l2": (now[p.name].double() - before[p.name].double()).norm().item()}
+        for metric, value in expected.items():
+            assert getattr(p, metric) == pytest.approx(value, rel=rel, abs=1e-6), f"{metric} of {p.name}"
+
+
+def effective(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Merged weights by canonical name, the model left as it was."""
+    return {canonical_name(n): p.detach().clone() for n, p in copy.deepcopy(model).merge_and_unload().named_parameters()}
+
+
+def test_every_metric_of_dense_weights_equals_the_textbook():
+    model = zoo.llama(tied=False)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    reference = drift.Reference.snapshot(model)
     with torch.no_grad():
-        for name, parameter in wrapped.named_parameters():
-            if "lora_" in name:
-                parameter.normal_()
-    found = {p.name: p for p in drift.parameter_drift(wrapped, reference)}
-    merged = {canonical_name(n): p for n, p in wrapped.merge_and_unload().named_parameters()}
-    adapted = [n for n in before if "q_proj" in n or "down_proj" in n]
-    assert sorted(found) == sorted(adapted)
-    for name in adapted:
-        assert found[name].l2 == pytest.approx((merged[name] - before[name]).norm().item(), rel=1e-5)
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    check_all(drift.parameter_drift(model, reference, metrics=ALL), dict(model.named_parameters()), before, rel=1e-5)
 
 
-def test_lora_drift_from_a_start_that_is_not_zero():
-    wrapped = zoo.lora(zoo.llama(), nonzero=True)
-    reference = drift.Reference.snapshot(wrapped)
-    assert all(p.l2 == pytest.approx(0, abs=1e-7) for p in drift.parameter_drift(wrapped, reference))
+VARIANTS = {"lora": {}, "rank-stabilised": {"use_rslora": True}, "embedding": {"target_modules": ["embed_tokens"]},
+            "dora": {"use_dora": True}, "pissa": {"init_lora_weights": "pissa"}, "olora": {"init_lora_weights": "olora"},
+            "patterns": {"rank_pattern": {"q_proj": 3}, "alpha_pattern": {"down_proj": 7}}}
+
+
+def moved(model: nn.Module, seed: int = 3) -> None:
+    """Random steps of everything that is trained."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_lora_drift_is_that_of_the_merged_weight(variant: str):
+    wrapped = zoo.lora(zoo.llama(tied=False), nonzero=False, **VARIANTS[variant]).double()
+    before, reference = effective(wrapped), drift.Reference.snapshot(wrapped)
+    assert all(p.l2 == pytest.approx(0, abs=1e-6) for p in drift.parameter_drift(wrapped, reference))
+    moved(wrapped)
+    found = drift.parameter_drift(wrapped, reference, metrics=ALL)
+    adapted = ["embed_tokens"] if variant == "embedding" else ["q_proj", "down_proj"]
+    assert sorted(p.name for p in found) == sorted(n for n in before if any(a in n for a in adapted))
+    check_all(found, effective(wrapped), before)
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora", "pissa"])
+def test_lora_drift_from_the_base_models_files(variant: str, tmp_path):
+    model = zoo.llama(tied=False)
+    model.save_pretrained(tmp_path)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    wrapped = zoo.lora(model, nonzero=False, **VARIANTS[variant])
+    moved(wrapped)
+    check_all(drift.parameter_drift(wrapped, tmp_path, metrics=ALL), effective(wrapped), before, rel=1e-4)
+
+
+def test_lora_on_transposed_weights():
+    model = families.make("gpt2")
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    for settings in ({}, {"use_dora": True}):
+        wrapped = zoo.lora(copy.deepcopy(model), nonzero=False, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True, **settings).double()
+        reference = drift.Reference.snapshot(wrapped)
+        moved(wrapped)
+        check_all(drift.parameter_drift(wrapped, reference, metrics=ALL), effective(wrapped), before)
+
+
+def test_two_adapters_add_up():
+    from peft import LoraConfig
+
+    model = zoo.lora(zoo.llama(tied=False).double()).double()
+    base = drift.Reference({canonical_name(n): p.detach().clone() for n, p in model.named_parameters() if ".lora_" not in n})
+    before = {n: base.get(n) for n in base.names()}
+    model.add_adapter("second", LoraConfig(r=3, target_modules=["q_proj", "down_proj"]))
+    model.base_model.set_adapter(["default", "second"])
+    moved(model)
+    merged = effective(model)
+    check_all(drift.parameter_drift(model, base, metrics=ALL), merged, before)
+
+
+@pytest.mark.parametrize("variant", ["lora", "rank-stabilised", "embedding", "dora", "patterns"])
+def test_adapter_folders_after_the_fact(variant: str, tmp_path):
+    model = zoo.llama(tied=False)
+    model.save_pretrained(tmp_path / "base")
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    wrapped = zoo.lora(model, nonzero=False, **VARIANTS[variant])
+    moved(wrapped)
+    wrapped.save_pretrained(tmp_path / "one")
+    one = effective(wrapped)
+    found = drift.parameter_drift(tmp_path / "one", tmp_path / "base", metrics=ALL)
+    assert {p.name for p in found} == {n for n in before if not torch.equal(one[n], before[n])}
+    check_all(found, one, before, rel=1e-4)
+    if variant == "dora":
+        with pytest.raises(NotImplementedError, match="DoRA"):
+            drift.parameter_drift(drift.Reference.open(tmp_path / "one"), drift.Reference.snapshot(wrapped))
+        return
+    moved(wrapped, seed=5)
+    wrapped.save_pretrained(tmp_path / "two")
+    two = effective(wrapped)
+    for p in drift.parameter_drift(tmp_path / "two", tmp_path / "one", metrics=("l2", "spectral", "rel", "cos")):
+        assert p.l2 == pytest.approx((two[p.name] - one[p.name]).norm().item(), rel=1e-4)
+        if variant != "embedding":  # with these PEFT stores the base weights
+            assert math.isnan(p.rel) and math.isnan(p.cos), "the base weights are not at hand"
+
+
+def test_a_moved_base_needs_the_adapter_of_the_start(tmp_path):
+    model = zoo.llama(tied=False)
+    model.save_pretrained(tmp_path / "base")
+    wrapped = zoo.lora(model, nonzero=False, init_lora_weights="pissa")
+    wrapped.save_pretrained(tmp_path / "start")
+    before = effective(wrapped)
+    moved(wrapped)
+    wrapped.save_pretrained(tmp_path / "end")
+    with pytest.raises(ValueError, match="was initialised by pissa.*Give the adapter that was saved at the start"):
+        drift.parameter_drift(tmp_path / "end", tmp_path / "base")
+    after = effective(wrapped)
+    for p in drift.parameter_drift(tmp_path / "end", tmp_path / "start"):
+        assert p.l2 == pytest.approx((after[p.name] - before[p.name]).norm().item(), rel=1e-4)
+
+
+def test_checkpoint_folders_after_the_fact(tmp_path):
+    model = zoo.llama()
+    model.save_pretrained(tmp_path / "one")
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    moved(model)
+    model.save_pretrained(tmp_path / "two", max_shard_size="4KB")
+    assert len(list((tmp_path / "two").glob("*.safetensors"))) > 1
+    found = drift.parameter_drift(tmp_path / "two", tmp_path / "one", metrics=ALL)
+    assert {p.name for p in found} == set(before)
+    check_all(found, dict(model.named_parameters()), before, rel=1e-5)
+
+
+def _own_memory() -> int:
+    """Bytes of memory that are this process's own and not a file's."""
+    line = next(x for x in Path("/proc/self/smaps_rollup").read_text().splitlines() if x.startswith("Private_Dirty"))
+    return 1024 * int(line.split()[1])
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux's account of memory")
+def test_the_base_in_files_is_mapped_and_not_copied(tmp_path):
+    model = nn.Sequential(*(nn.Linear(2048, 2048, bias=False) for _ in range(12)))  # 201 MB
+    save_file({n: p.detach() for n, p in model.named_parameters()}, tmp_path / "base.safetensors")
+    size = sum(p.numel() * 4 for p in model.parameters())
+    drift.parameter_drift(model, tmp_path / "base.safetensors")
+    seen = []
+
+    class Watched(drift.Reference):
+        def get(self, name):
+            seen.append(_own_memory())
+            return super().get(name)
+
+    before = _own_memory()
+    drift.parameter_drift(model, Watched.open(tmp_path / "base.safetensors"))
+    assert max(*seen, _own_memory()) - before < 0.1 * size
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_drift_of_sixty_million_numbers_within_1e_6(dtype):
+    model = nn.ParameterList([torch.full((60_000_000,), 0.1).to(dtype)])
+    reference = drift.Reference.snapshot(model)
+    step = torch.tensor(2.0**-9).to(dtype)
+    with torch.no_grad():
+        model[0] += step
+    exact = math.sqrt(60_000_000) * (float(model[0][0].double()) - float(torch.tensor(0.1).to(dtype).double()))
+    assert drift.parameter_drift(model, reference)[0].l2 == pytest.approx(exact, rel=1e-6)
 
 
 def test_a_reference_from_files_agrees_with_a_snapshot(tmp_path):
@@ -89,12 +255,12 @@ def test_a_reference_from_files_agrees_with_a_snapshot(tmp_path):
     save_file({n: p.detach() for n, p in model.named_parameters()}, file)
     with torch.no_grad():
         model.embed.weight.add_(1.0)
-    stored = {p.name: p.l2 for p in drift.parameter_drift(model, drift.Reference.from_safetensors(file))}
+    stored = {p.name: p.l2 for p in drift.parameter_drift(model, drift.Reference.open(file))}
     assert stored["embed.weight"] == pytest.approx((zoo.V * zoo.D) ** 0.5)
     assert stored["body.0.weight"] == 0
-    assert drift.Reference.from_safetensors(tmp_path).names() == set(parameters(model))
+    assert drift.Reference.open(tmp_path).names() == set(parameters(model))
     with pytest.raises(FileNotFoundError, match="holds none"):
-        drift.Reference.from_safetensors(tmp_path / "nothing")
+        drift.Reference.open(tmp_path / "nothing")
 
 
 def test_swapping_restores_every_bit_also_after_an_error():
@@ -120,7 +286,7 @@ def test_a_base_checkpoint_serves_a_lora_model_by_switching_its_adapters_off(tmp
     model.save_pretrained(tmp_path)
     wrapped = zoo.lora(model)
     assert not torch.equal(wrapped(**ids).logits, at_start)
-    with drift.Reference.from_safetensors(tmp_path).swapped_into(wrapped):
+    with drift.Reference.open(tmp_path).swapped_into(wrapped):
         assert torch.equal(wrapped(**ids).logits, at_start)
 
 
@@ -146,3 +312,30 @@ def test_names_are_those_of_the_unwrapped_model():
     assert layer_index("transformer.h.3.attn.c_attn.weight") == 3
     assert tied(zoo.make(zoo.Tied)) == {"head.weight": "embed.weight"}
     assert list(parameters(torch.compile(zoo.make(zoo.Base), backend="eager"))) == list(parameters(zoo.make(zoo.Base)))
+
+
+def test_wrong_questions_are_explained(tmp_path):
+    model = zoo.make(zoo.Base)
+    reference = drift.Reference.snapshot(model)
+    with pytest.raises(ValueError, match=r"metrics holds \['l3'\]; there are l2, rel, max"):
+        drift.parameter_drift(model, reference, metrics=["l3"])
+    with pytest.raises(ValueError, match=r"Norms and the reference differ in their parameters: 4 only in the first \(body.0.bias|differ in their parameters"):
+        drift.parameter_drift(zoo.make(zoo.Norms), reference)
+    with pytest.raises(ValueError, match="2 parameters are on the meta device"):
+        drift.Reference.snapshot(nn.Linear(2, 2, device="meta"))
+    other = zoo.make(zoo.Base)
+    other.head = nn.Linear(zoo.D, zoo.V + 1, bias=False).double()
+    with pytest.raises(ValueError, match=r"head.weight is \(14, 6\), base \(13, 6\)"):
+        drift.parameter_drift(other, reference)
+    with torch.no_grad():
+        model.body[0].weight[0, 0] = math.nan
+    with pytest.raises(FloatingPointError, match="not finite in 1 parameters: body.0.weight"):
+        drift.parameter_drift(model, reference)
+
+
+def test_a_parameter_unfrozen_after_the_snapshot_is_refused():
+    model = zoo.make(zoo.Frozen)
+    reference = drift.Reference.snapshot(model)
+    model.embed.requires_grad_(True)
+    with pytest.raises(ValueError, match="embed.weight was frozen when the snapshot was taken"):
+        drift.parameter_drift(model, reference)
