@@ -6,7 +6,7 @@ tensors. Imports torch, numpy, safetensors and pyarrow only; transformers is nee
 
 from typing import Any
 
-from drift import adapters, lowrank, schedules
+from drift import adapters, fisher, lowrank, names, schedules
 from drift.alignment import AlignmentProbe, GradientGram, gradient_gram
 from drift.divergence import DivergenceProbe, RowDivergences, TokenDivergences, token_divergences
 from drift.recorder import Probe, Recorder, record

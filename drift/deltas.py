@@ -34,6 +34,10 @@ class Delta(Protocol):
         """Leading left directions [m, k] and all singular values that are not 0, largest first."""
         ...
 
+    def rows(self) -> Iterator[tuple[slice, Tensor]]:
+        """The change a few rows at a time, float64."""
+        ...
+
     def formed(self) -> Tensor:
         """The change itself, float64."""
         ...
@@ -71,6 +75,12 @@ class DenseDelta:
     def directions(self, k: int) -> tuple[Tensor, Tensor]:
         return _dense_directions(self.formed(), k)
 
+    def rows(self) -> Iterator[tuple[slice, Tensor]]:
+        step = max(1, 2**20 // max(1, self.now[0].numel()))
+        for i in range(0, len(self.now), step):
+            rows = slice(i, i + step)
+            yield rows, self.now[rows].double() - self.before[rows].to(self.now.device).double()
+
     def formed(self) -> Tensor:
         return self.now.double() - self.before.to(self.now.device).double()
 
@@ -105,7 +115,8 @@ class FactoredDelta:
         return self.a.shape[1] * self.b.shape[0]
 
     @cached_property
-    def _joined(self) -> tuple[Tensor, Tensor]:
+    def joined(self) -> tuple[Tensor, Tensor]:
+        """Factors (a, b) of the whole change, float64."""
         return lowrank.joined(self.a, self.b, self.a0, self.b0)
 
     @property
@@ -118,7 +129,7 @@ class FactoredDelta:
     def with_base(self) -> Tensor:
         if not self._known:
             return NAN
-        a, b = self._joined
+        a, b = self.joined
         product = lowrank.inner_with_dense(self.frozen, a, b)
         return product if self.a0 is None else product + lowrank.inner(self.a0, self.b0, a, b)
 
@@ -131,17 +142,26 @@ class FactoredDelta:
         crossed = lowrank.inner_with_dense(self.frozen, self.a0, self.b0)
         return square + 2 * crossed + lowrank.norm(self.a0, self.b0).square()
 
+    def rows(self) -> Iterator[tuple[slice, Tensor]]:
+        a, b = self.joined
+        for i in range(0, len(b), _ROWS):
+            yield slice(i, i + _ROWS), b[i : i + _ROWS] @ a
+
     def max_abs(self) -> Tensor:
-        a, b = self._joined
-        return torch.stack([(rows @ a).abs().max() for rows in b.split(_ROWS)]).max()
+        return torch.stack([d.abs().max() for _, d in self.rows()]).max()
+
+    def scaled(self, left: Tensor, right: Tensor) -> "FactoredDelta":
+        """The change with its rows multiplied by ``left`` [m] and its columns by ``right`` [n]."""
+        a, b = self.joined
+        return FactoredDelta(a * right.to(a.device), left.to(b.device)[:, None] * b, None, None, None)
 
     def directions(self, k: int) -> tuple[Tensor, Tensor]:
-        a, b = self._joined
+        a, b = self.joined
         left, values, _ = lowrank.directions(a, b, min(len(a), *(b.shape[0], a.shape[1])))
         return left[:, :k], values
 
     def formed(self) -> Tensor:
-        a, b = self._joined
+        a, b = self.joined
         return b @ a
 
     def base(self) -> Tensor:
@@ -162,6 +182,10 @@ class ResidualDelta:
     @property
     def numel(self) -> int:
         return self.now.numel()
+
+    def rows(self) -> Iterator[tuple[slice, Tensor]]:
+        for i, (d, _) in enumerate(self._rows()):
+            yield slice(i * _ROWS, (i + 1) * _ROWS), d
 
     def _rows(self) -> Iterator[tuple[Tensor, Tensor]]:
         for i in range(0, len(self.b), _ROWS):
@@ -239,6 +263,9 @@ class DoraDelta:
     def base_squared(self) -> Tensor:
         w2, *_, c0 = self._products
         return (c0**2 * w2).sum()
+
+    def rows(self) -> Iterator[tuple[slice, Tensor]]:
+        yield slice(None), self.formed()
 
     def _rows(self) -> Iterator[Tensor]:
         *_, c, c0 = self._products

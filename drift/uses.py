@@ -39,6 +39,10 @@ class Dense:
             else:
                 out[group].addmm_(columns[low:high].T, self.right[low:high])
 
+    def squared(self) -> "Dense":
+        """The same of squared entries: sums over single tokens' squared gradients."""
+        return Dense(self.left.square(), self.right.square(), self.split)
+
 
 @dataclass(frozen=True)
 class Sparse:
@@ -62,6 +66,10 @@ class Sparse:
         places = self.groups()[here] * rows + self.ids[here] - start
         out.view(-1, out.shape[2]).index_add_(0, places, self.right[here].to(out.dtype))
 
+    def squared(self) -> "Sparse":
+        """As :meth:`Dense.squared`."""
+        return Sparse(self.ids, self.right.square(), self.bounds)
+
     def at(self, rows: Tensor) -> Tensor:
         """Every group's gradient at the weight's ``rows`` [R] (sorted, all ids among them), [G, R, n]."""
         out = self.right.new_zeros(len(self.bounds) - 1, len(rows), self.right.shape[1])
@@ -75,6 +83,10 @@ class Formed:
     """Every group's gradient as it is, ``parts`` [G, *shape]: vectors, and weights whose layers were run group by group."""
 
     parts: Tensor
+
+    def squared(self) -> "Formed":
+        """Squares of the groups' gradients: those of single tokens are not known here."""
+        return Formed(self.parts.square())
 
 
 Use = Dense | Sparse | Formed

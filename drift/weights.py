@@ -95,12 +95,12 @@ def parameter_drift(model: Side, base: Side, *, metrics: Collection[str] = ("l2"
     unknown = set(metrics) - set(METRICS)
     if unknown:
         raise ValueError(f"metrics holds {sorted(unknown)}; there are {', '.join(METRICS)}")
-    deltas = dict(_deltas(model, base))
-    if not deltas:
+    found = dict(deltas(model, base))
+    if not found:
         raise ValueError("the model has no trainable parameter, so nothing can drift; set requires_grad on some")
     wanted = [name for name in ("rel", "cos", "max") if name in metrics]
-    sums = torch.stack([torch.stack([v.to(torch.float64).cpu() if not v.is_cuda else v for v in _sums(d, wanted)]) for d in deltas.values()])
-    drifts = [_drift(name, delta, row, metrics) for (name, delta), row in zip(deltas.items(), sums.cpu().tolist(), strict=True)]
+    sums = torch.stack([torch.stack([v.to(torch.float64).cpu() if not v.is_cuda else v for v in _sums(d, wanted)]) for d in found.values()])
+    drifts = [_drift(name, delta, row, metrics) for (name, delta), row in zip(found.items(), sums.cpu().tolist(), strict=True)]
     bad = [d.name for d in drifts if not d.l2 < float("inf")]
     if bad:
         raise FloatingPointError(f"weights are not finite in {len(bad)} parameters: {', '.join(bad[:5])}{', ...' if len(bad) > 5 else ''}")
@@ -141,7 +141,8 @@ def _spectral(delta: Delta, wanted: Collection[str]) -> dict[str, float]:
 # --- which form a change has ------------------------------------------------------------------------------------
 
 
-def _deltas(model: Side, base: Side) -> Iterator[tuple[str, Delta]]:
+def deltas(model: Side, base: Side) -> Iterator[tuple[str, Delta]]:
+    """(name, change) of every parameter that :func:`parameter_drift` measures."""
     now, before = Reference.of(model), Reference.of(base)
     live = parameters(model) if isinstance(model, nn.Module) else None
     adapted = sorted({*now.adapters, *before.adapters})

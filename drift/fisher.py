@@ -1,0 +1,433 @@
+r"""The Fisher information of a model's predictions, and how much of it a drift runs into.
+
+On rows x with counted positions t,
+
+.. math:: F=\frac1R\sum_x\sum_t\mathbb E_{y\sim p_\theta(\cdot\mid x_{<t})}\big[s_{t,y}s_{t,y}^\top\big],\qquad s_{t,y}=\nabla_\theta\log p_\theta(y\mid x_{<t}),
+
+per row, with labels of the *model*, never those of the data. On rows that the base itself has written, :math:`\tfrac12\delta^\top F\delta` is the KL
+divergence per row from the base to :math:`\theta_0+\delta`, up to :math:`O(\lVert\delta\rVert^3)`, and :math:`F\delta` is the force with which those rows
+push back (docs/theory.md, F3 and F4).
+
+Estimators that draw labels (:func:`diagonal`, :func:`rank_one`, :func:`kfac`) take one backward pass over a batch for all of its rows; products
+(:func:`product`, :func:`quadratic`) sum over the vocabulary instead and have no sampling error.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from drift.deltas import Delta, FactoredDelta
+from drift.divergence import IGNORE, Batch, Forward, logits_of
+from drift.groups import Groups
+from drift.intercept import Interceptor, UseCollector
+from drift.modes import measuring
+from drift.names import layer_index, parameters
+from drift.numerics import at_least_fp32, inner
+from drift.reference import Reference
+from drift.uses import Dense, Use, blocks
+from drift.weights import Side, deltas
+
+Vector = Mapping[str, Tensor]
+
+
+# --- forms of F -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Diagonal:
+    r"""Diagonal of F: ``values[name]`` has the parameter's shape. ``missing``: trainable parameters that it does not cover."""
+
+    values: Mapping[str, Tensor]
+    rows: int
+    missing: tuple[str, ...] = ()
+
+    def quadratic(self, name: str, delta: Delta) -> Tensor:
+        r""":math:`\sum_i F_{ii}\delta_i^2`, 0-d float64; factored updates are formed a few rows at a time."""
+        diagonal = self.values[name]
+        return torch.stack([(diagonal[rows].to(d.device).double().reshape(d.shape) * d.square()).sum() for rows, d in delta.rows()]).sum()
+
+
+@dataclass(frozen=True)
+class RankOne:
+    r"""The best rank-one form of F's diagonal, :math:`F_{ij}\approx u_iv_j`, from its row and column sums (as Adafactor has them).
+
+    It minimises the generalised KL divergence to the diagonal. ``factors[name]`` = (u [m], v [n]). Memory O(m + n); of a factored update
+    :math:`\sum_{ij}u_iv_j(BA)_{ij}^2=\lVert\operatorname{diag}(\sqrt u)BA\operatorname{diag}(\sqrt v)\rVert_F^2` costs :math:`O((m+n)r^2)`.
+    """
+
+    factors: Mapping[str, tuple[Tensor, Tensor]]
+    rows: int
+    missing: tuple[str, ...] = ()
+
+    def quadratic(self, name: str, delta: Delta) -> Tensor:
+        r""":math:`\sum_{ij}u_iv_j\delta_{ij}^2`, 0-d float64."""
+        u, v = (x.double() for x in self.factors[name])
+        if isinstance(delta, FactoredDelta):
+            return delta.scaled(u.sqrt(), v.sqrt()).squared()
+        return torch.stack([(u[rows].to(d.device)[:, None] * v.to(d.device) * d.square()).sum() for rows, d in delta.rows()]).sum()
+
+
+@dataclass(frozen=True)
+class KroneckerFactored:
+    r"""K-FAC: :math:`F_W\approx S\otimes A` for linear layers, S [m, m] of output gradients, A [n, n] of inputs (Martens and Grosse 2015).
+
+    ``factors[name]`` = (S, A). Exact if inputs and output gradients of a position are independent, and positions of each other ("expand").
+    """
+
+    factors: Mapping[str, tuple[Tensor, Tensor]]
+    rows: int
+    missing: tuple[str, ...] = ()
+
+    def quadratic(self, name: str, delta: Delta) -> Tensor:
+        r""":math:`\operatorname{tr}(\delta^\top S\delta A)`, 0-d float64; of :math:`BA` it is :math:`\langle B^\top SB, AAA^\top\rangle`, in :math:`O((m^2+n^2)r)`."""
+        s, a = (x.double() for x in self.factors[name])
+        if isinstance(delta, FactoredDelta):
+            factor_a, factor_b = delta.joined
+            return ((factor_b.T @ s @ factor_b) * (factor_a @ a @ factor_a.T)).sum()
+        d = delta.formed().to(s.device)
+        return ((s @ d) * (d @ a)).sum()
+
+
+Fisher = Diagonal | RankOne | KroneckerFactored
+
+
+# --- estimates with sampled labels --------------------------------------------------------------------------------
+
+
+def diagonal(model: nn.Module, batches: Iterable[Batch], *, estimator: str = "sequence", samples: int = 1, seed: int = 0,
+             forward: Forward = logits_of) -> Diagonal:
+    r"""Diagonal of F from labels drawn from the model.
+
+    ``estimator="sequence"``: :math:`\frac1R\sum_x(\sum_ts_{t,\tilde y_t})^2` with one label a position. Unbiased: given the prefixes the scores of
+    different positions are independent with mean 0, so cross terms vanish in expectation. Rows' gradients are formed a few rows of a weight at a
+    time. ``"token"``: :math:`\sum_t e_t^2\,(a_t^2)^\top` over the positions of each linear layer and embedding, one product a layer; it leaves out the
+    products between positions that attention and later layers tie together, which is a bias (small on trained models; vectors stay as in
+    "sequence"). Squaring the gradient of a *batch mean* instead, as is often seen, estimates neither.
+
+    ``samples``: draws of labels, averaged; the relative error of one entry falls as :math:`\sqrt{2/(R\cdot samples)}` or slower. ``seed``: of the labels.
+    ``batches`` as for :func:`drift.gradient_gram`. Cost: a forward and a backward pass each, memory of one more gradient.
+
+    >>> model = nn.Sequential(nn.Embedding(3, 2), nn.Linear(2, 3))
+    >>> batch = {"input_ids": torch.tensor([[0, 1, 2]]), "labels": torch.tensor([[0, 1, 2]])}
+    >>> found = diagonal(model, [batch], forward=lambda m, b: m(b["input_ids"]))
+    >>> {name: tuple(f.shape) for name, f in found.values.items()}
+    {'0.weight': (3, 2), '1.weight': (3, 2), '1.bias': (3,)}
+    """
+    if estimator not in ("sequence", "token"):
+        raise ValueError(f"estimator must be 'sequence' or 'token', got {estimator!r}")
+    collector = _Squares(_shapes(model), token=estimator == "token")
+    rows, missing = _collect(model, batches, collector, samples, seed, forward)
+    return Diagonal({n: collector.sums[n] / (rows * samples) for n in _shapes(model) if n in collector.sums and n not in missing}, rows, missing)
+
+
+def rank_one(model: nn.Module, batches: Iterable[Batch], *, samples: int = 1, seed: int = 0, forward: Forward = logits_of) -> RankOne:
+    """:class:`RankOne` of every matrix from the "sequence" estimator of :func:`diagonal`, whose row and column sums it keeps: unbiased for those.
+
+    The diagonal itself is never in memory. Vectors and stacks of experts are listed in ``missing``.
+    """
+    collector = _Margins({n: shape for n, shape in _shapes(model).items() if len(shape) == 2})
+    rows, missing = _collect(model, batches, collector, samples, seed, forward)
+    factors = {}
+    for name, (by_row, by_column) in collector.sums.items():
+        total = by_row.sum().clamp(min=torch.finfo(torch.float64).tiny)
+        factors[name] = by_row / (rows * samples), by_column / total
+    return RankOne(factors, rows, _left_out(model, factors, missing))
+
+
+def kfac(model: nn.Module, batches: Iterable[Batch], *, samples: int = 1, seed: int = 0, forward: Forward = logits_of,
+         largest_side: int = 4096) -> KroneckerFactored:
+    """:class:`KroneckerFactored` of linear layers used once a pass, both of whose sides are at most ``largest_side``.
+
+    Others (heads of large vocabularies, embeddings, norms) are listed in ``missing``. Memory: m² + n² numbers a layer.
+    """
+    small = {n for n, shape in _shapes(model).items() if len(shape) == 2 and max(shape) <= largest_side}
+    collector = _Factors(small)
+    rows, missing = _collect(model, batches, collector, samples, seed, forward)
+    factors = {n: (s / (rows * samples), a / max(1, collector.positions[n])) for n, (s, a) in collector.sums.items()}
+    return KroneckerFactored(factors, rows, _left_out(model, factors, missing))
+
+
+def _left_out(model: nn.Module, found: Mapping[str, object], missing: Sequence[str]) -> tuple[str, ...]:
+    return tuple(n for n, p in parameters(model).items() if p.requires_grad and (n not in found or n in missing))
+
+
+def _shapes(model: nn.Module) -> dict[str, torch.Size]:
+    return {n: p.shape for n, p in parameters(model).items()}
+
+
+def _collect(model: nn.Module, batches: Iterable[Batch], collector: "UseCollector", samples: int, seed: int,
+             forward: Forward) -> tuple[int, tuple[str, ...]]:
+    """Run the batches; returns the number of rows, and the parameters whose gradients were not seen whole."""
+    trainable = {n: p for n, p in parameters(model).items() if p.requires_grad}
+    if not trainable:
+        raise ValueError("the model has no trainable parameter, so it has no Fisher information; set requires_grad on some")
+    if samples < 1:
+        raise ValueError(f"samples must be at least 1, got {samples}")
+    device = next(iter(trainable.values())).device
+    generator = torch.Generator(device).manual_seed(seed)
+    interceptor, n_rows, missing = Interceptor(model), 0, set()
+    for batch in batches:
+        batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        labels = batch["labels"]
+        groups = Groups(torch.arange(len(labels)).unsqueeze(1).expand(labels.shape), len(labels), tuple(labels.shape))
+        for _ in range(samples):
+            with measuring(model), torch.enable_grad(), interceptor.collecting(collector, groups):
+                log_p = _counted_log_p(forward(model, batch), labels)
+                drawn = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
+                unseen = torch.autograd.grad(-log_p.gather(1, drawn).sum(), list(trainable.values()), allow_unused=True)
+                collector.close()
+            missing |= {n for n, g in zip(trainable, unseen, strict=True) if g is not None}
+        n_rows += len(labels)
+    if n_rows == 0:
+        raise ValueError("batches is empty; give at least one batch with labels")
+    return n_rows, tuple(n for n in trainable if n in missing)
+
+
+def _counted_log_p(logits: Tensor, labels: Tensor) -> Tensor:
+    """Log-probabilities [N, V] at the counted positions."""
+    kept = logits[:, :-1][labels[:, 1:] != IGNORE]
+    if not len(kept):
+        raise ValueError("no label differs from -100, so there is no position to measure")
+    return torch.log_softmax(at_least_fp32(kept), -1)
+
+
+class _Squares(UseCollector):
+    """Sums of squares of the rows' gradients, or of single positions' where ``token``."""
+
+    def __init__(self, shapes: Mapping[str, torch.Size], *, token: bool) -> None:
+        super().__init__()
+        self.shapes, self.token = shapes, token
+        self.sums: dict[str, Tensor] = {}
+
+    def process(self, name: str, uses: Sequence[Use]) -> None:
+        if self.token:
+            uses = [use.squared() for use in uses]
+        for rows, parts in blocks(uses):
+            squares = (parts if self.token else parts.square()).sum(0)
+            if name not in self.sums:
+                self.sums[name] = squares.new_zeros(self.shapes[name])
+            self.sums[name].view(len(self.sums[name]), -1)[rows] += squares
+
+
+class _Margins(UseCollector):
+    """Row and column sums of the squares, float64."""
+
+    def __init__(self, shapes: Mapping[str, torch.Size]) -> None:
+        super().__init__()
+        self.shapes = shapes
+        self.sums: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def process(self, name: str, uses: Sequence[Use]) -> None:
+        if name not in self.shapes:
+            return
+        for rows, parts in blocks(uses):
+            squares = parts.square().sum(0).double()
+            if name not in self.sums:
+                m, n = self.shapes[name]
+                self.sums[name] = squares.new_zeros(m), squares.new_zeros(n)
+            self.sums[name][0][rows] += squares.sum(1)
+            self.sums[name][1].add_(squares.sum(0))
+
+
+class _Factors(UseCollector):
+    """Second moments of output gradients (sums over positions) and of inputs, and the number of positions."""
+
+    def __init__(self, names: set[str]) -> None:
+        super().__init__()
+        self.names = names
+        self.sums: dict[str, tuple[Tensor, Tensor]] = {}
+        self.positions: dict[str, int] = {}
+
+    def process(self, name: str, uses: Sequence[Use]) -> None:
+        if name not in self.names or len(uses) > 1 or not isinstance(uses[0], Dense):
+            return
+        left = uses[0].split.sort(uses[0].left)
+        kept = left.any(1)  # positions that no label reaches, padding above all, say nothing of the inputs either
+        left, right = at_least_fp32(left[kept]), at_least_fp32(uses[0].right[kept])
+        s, a = left.T @ left, right.T @ right
+        before = self.sums.get(name)
+        self.sums[name] = (s, a) if before is None else (before[0] + s, before[1] + a)
+        self.positions[name] = self.positions.get(name, 0) + len(left)
+
+
+# --- products, exact over the vocabulary --------------------------------------------------------------------------
+
+
+def product(model: nn.Module, batches: Iterable[Batch], vector: Vector, *, forward: Forward = logits_of) -> dict[str, Tensor]:
+    r"""Fisher-vector product :math:`Fv` over the parameters that ``vector`` names, labels summed over the whole vocabulary.
+
+    :math:`F=\frac1R\sum_{x,t}J_t^\top(\operatorname{diag}p_t-p_tp_t^\top)J_t` with the Jacobian J of the logits (the Gauss-Newton matrix of
+    cross-entropy): one forward and three backward passes a batch. ``vector``: canonical name → tensor of the parameter's shape.
+    No sampling error; exact to the precision of the model's type.
+    """
+    found: dict[str, Tensor] = {n: torch.zeros_like(v) for n, v in vector.items()}
+    n_rows = 0
+    for log_p, jv, pull, rows in _pushed(model, batches, vector, forward):
+        p = log_p.detach().exp()
+        for name, g in pull(p * jv - p * (p * jv).sum(-1, keepdim=True)).items():
+            found[name] += g
+        n_rows += rows
+    return {n: x / n_rows for n, x in found.items()}
+
+
+def quadratic(model: nn.Module, batches: Iterable[Batch], vector: Vector, *, forward: Forward = logits_of) -> float:
+    r""":math:`v^\top Fv=\frac1R\sum_{x,t}\operatorname{Var}_{y\sim p_t}[(J_tv)_y]`, exact as :func:`product` and a pass cheaper."""
+    total, n_rows = 0.0, 0
+    for log_p, jv, _, rows in _pushed(model, batches, vector, forward):
+        p = log_p.detach().exp()
+        mean = (p * jv).sum(-1, keepdim=True)
+        total += float((p * (jv - mean) ** 2).double().sum())
+        n_rows += rows
+    return total / n_rows
+
+
+def _pushed(model: nn.Module, batches: Iterable[Batch], vector: Vector, forward: Forward):
+    """For every batch: log-probabilities [N, V], the logits' derivative along ``vector``, its transpose as a function, and the rows."""
+    mine = parameters(model)
+    unknown = [n for n in vector if n not in mine]
+    if unknown or not vector:
+        raise ValueError(f"vector names {unknown or 'nothing'}; the model's parameters are {list(mine)[:3]}, ...")
+    wrong = [(n, tuple(v.shape), tuple(mine[n].shape)) for n, v in vector.items() if v.shape != mine[n].shape]
+    if wrong:
+        raise ValueError(f"vector and model differ in shape: {wrong[0][0]} is {wrong[0][1]}, the parameter {wrong[0][2]}")
+    along = [mine[n] for n in vector]
+    values = [v.to(p.device, p.dtype) for v, p in zip(vector.values(), along, strict=True)]
+    frozen = [p for p in along if not p.requires_grad]
+    any_batch = False
+    for p in frozen:
+        p.requires_grad_(True)
+    try:
+        for batch in batches:
+            any_batch = True
+            batch = {k: v.to(along[0].device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+            # Of the attention kernels only the plain one can be differentiated twice.
+            with measuring(model), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+                log_p = _counted_log_p(forward(model, batch), batch["labels"])
+                probe = torch.zeros_like(log_p, requires_grad=True)
+                pulled = torch.autograd.grad(log_p, along, probe, create_graph=True, allow_unused=True)
+                used = [(g, v) for g, v in zip(pulled, values, strict=True) if g is not None]
+                (jv,) = torch.autograd.grad([g for g, _ in used], probe, [v for _, v in used], retain_graph=True)
+
+                def pull(x: Tensor, log_p=log_p) -> dict[str, Tensor]:
+                    back = torch.autograd.grad(log_p, along, x, retain_graph=True, allow_unused=True)
+                    return {n: g for n, g in zip(vector, back, strict=True) if g is not None}
+
+                yield log_p, jv, pull, len(batch["labels"])
+    finally:
+        for p in frozen:
+            p.requires_grad_(False)
+    if not any_batch:
+        raise ValueError("batches is empty; give at least one batch with labels")
+
+
+# --- what drift runs into -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class WeightedDrift:
+    r"""``value`` = :math:`\tfrac12\delta^\top F\delta` of one parameter, in nats per row."""
+
+    name: str
+    value: float
+
+    @property
+    def layer(self) -> int | None:
+        """Block index, None outside the blocks."""
+        return layer_index(self.name)
+
+
+@torch.no_grad()
+def weighted_drift(fisher: Fisher, model: Side, base: Side) -> list[WeightedDrift]:
+    r"""Fisher-weighted drift :math:`\tfrac12\delta_p^\top F_p\delta_p` of every parameter that ``fisher`` covers.
+
+    ``fisher``: at the base, from rows of what is not to be forgotten. ``model``, ``base`` as for :func:`drift.parameter_drift`; LoRA from its
+    factors. The sum over parameters leaves out products between parameters (F is taken as block-diagonal), and with :class:`Diagonal` those
+    within one as well: an approximation to the KL, not a bound. :func:`quadratic` has them all.
+    """
+    known = set(fisher.values if isinstance(fisher, Diagonal) else fisher.factors)
+    found = {name: delta for name, delta in deltas(model, base) if name in known}
+    if not found:
+        raise ValueError(f"fisher covers none of the parameters that can drift; it has {sorted(known)[:3]}, ...")
+    values = torch.stack([fisher.quadratic(name, delta).cpu() for name, delta in found.items()]).tolist()
+    return [WeightedDrift(name, value / 2) for name, value in zip(found, values, strict=True)]
+
+
+@dataclass(frozen=True)
+class RestoringForce:
+    r"""How the gradient of the base's own rows answers a drift: :math:`f=g(\theta)-g(\theta_0)` against :math:`F\delta`, both per row.
+
+    ``slope`` :math:`=\langle f,F\delta\rangle/\lVert F\delta\rVert^2` and ``slope_along_drift`` :math:`=\langle f,\delta\rangle/\delta^\top F\delta` are 1 as
+    :math:`\delta\to0` (docs/theory.md, F4); the second has a standard error, a jackknife over batches (nan for fewer than three). ``cos`` is the cosine of
+    f and Fδ; ``force``, ``predicted``, ``drift`` are the norms of f, Fδ and δ.
+    """
+
+    slope: float
+    slope_along_drift: float
+    slope_along_drift_stderr: float
+    cos: float
+    force: float
+    predicted: float
+    drift: float
+
+
+def restoring_force(model: nn.Module, base: Reference, batches: Sequence[Batch], *, forward: Forward = logits_of) -> RestoringForce:
+    r"""The test of F4 on rows that the *base* has written: :math:`g(\theta)=F\delta+O(\lVert\delta\rVert^2)`.
+
+    :math:`g` is the gradient of the rows' summed NLL. The difference to :math:`g(\theta_0)` on the same rows is taken: :math:`g(\theta_0)` has mean 0
+    but the noise of the labels that were drawn, and most of that is shared. What is left of it blurs all three of slope, slope along the drift
+    and cosine with few rows; F itself sums over labels. Cost a batch: two ordinary passes and one Fisher-vector product; memory: five
+    vectors of the trainable parameters.
+    """
+    mine = {n: p for n, p in parameters(model).items() if p.requires_grad}
+    delta = {n: p.detach() - base.get(n).to(p.device) for n, p in mine.items()}
+    force, predicted = ({n: torch.zeros_like(p) for n, p in mine.items()} for _ in range(2))
+    along, rows = [], 0
+    for batch in batches:
+        pushed = _summed_gradient(model, mine, batch, forward)
+        with base.swapped_into(model):
+            before = _summed_gradient(model, mine, batch, forward)
+            curved = product(model, [batch], delta, forward=forward)
+        n = len(batch["labels"])
+        for name in mine:
+            pushed[name] -= before[name]
+            curved[name] *= n
+            force[name] += pushed[name]
+            predicted[name] += curved[name]
+        along.append((_dot(pushed, delta), _dot(curved, delta)))
+        rows += n
+    if not along:
+        raise ValueError("batches is empty; give at least one batch with labels")
+
+    def ratio(kept: Sequence[tuple[float, float]]) -> float:
+        below = sum(q for _, q in kept)
+        return sum(f for f, _ in kept) / below if below > 0 else math.nan
+
+    error = math.nan
+    if len(along) >= 3:
+        left_out = [ratio(along[:k] + along[k + 1 :]) for k in range(len(along))]
+        mean = sum(left_out) / len(along)
+        error = math.sqrt((len(along) - 1) / len(along) * sum((x - mean) ** 2 for x in left_out))
+    crossed, squared, size = _dot(force, predicted), _dot(predicted, predicted), math.sqrt(_dot(force, force))
+    return RestoringForce(crossed / squared if squared > 0 else math.nan, ratio(along), error,
+                          crossed / (size * math.sqrt(squared)) if size > 0 and squared > 0 else math.nan,
+                          size / rows, math.sqrt(squared) / rows, math.sqrt(_dot(delta, delta)))
+
+
+def _dot(x: Vector, y: Vector) -> float:
+    return float(sum(inner(x[n], y[n]).cpu() for n in x))
+
+
+def _summed_gradient(model: nn.Module, mine: Mapping[str, nn.Parameter], batch: Batch, forward: Forward) -> dict[str, Tensor]:
+    """Gradient of the summed NLL of the batch's own labels."""
+    device = next(iter(mine.values())).device
+    batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    labels = batch["labels"]
+    with measuring(model), torch.enable_grad():
+        log_p = _counted_log_p(forward(model, batch), labels)
+        targets = labels[:, 1:][labels[:, 1:] != IGNORE]
+        gradients = torch.autograd.grad(-log_p.gather(1, targets.unsqueeze(1)).sum(), list(mine.values()), allow_unused=True)
+    return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(mine.items(), gradients, strict=True)}
