@@ -8,19 +8,22 @@ from typing import Any
 
 from drift import adapters, fisher, lowrank, names, schedules
 from drift.alignment import AlignmentProbe, GradientGram, gradient_gram
-from drift.divergence import DivergenceProbe, RowDivergences, TokenDivergences, token_divergences
+from drift.check import CheckReport, check
+from drift.divergence import RowDivergences, TokenDivergences, token_divergences
+from drift.divergence_probe import DivergenceProbe, store_base
 from drift.recorder import Probe, Recorder, record
 from drift.reference import Reference
-from drift.sources import SourceAlignment, SourceGradients
+from drift.sources import SourceAlignment, SourceGradients, release
 from drift.style import STYLE_FEATURES, StyleComparison, StyleProbe, compare_styles, style_distance, style_features, style_matrix
-from drift.table import Row, read_table
+from drift.table import Recording, Row, load
 from drift.weights import ParameterDrift, parameter_drift
 
 __all__ = [
-    "STYLE_FEATURES", "AlignmentProbe", "DivergenceProbe", "DriftCallback", "GradientGram", "ParameterDrift", "Probe",
-    "Recorder", "Reference", "Row", "RowDivergences", "SourceAlignment", "SourceGradients", "StyleComparison", "StyleProbe",
-    "TokenDivergences", "adapters", "compare_styles", "gradient_gram", "lowrank", "parameter_drift", "read_table", "record",
-    "schedules", "style_distance", "style_features", "style_matrix", "token_divergences",
+    "STYLE_FEATURES", "AlignmentProbe", "CheckReport", "DivergenceProbe", "DriftCallback", "GradientGram", "ParameterDrift",
+    "Probe", "Recorder", "Recording", "Reference", "Row", "RowDivergences", "SourceAlignment", "SourceGradients",
+    "StyleComparison", "StyleProbe", "TokenDivergences", "adapters", "check", "compare_styles", "fisher", "gradient_gram",
+    "load", "lowrank", "names", "parameter_drift", "record", "release", "schedules", "store_base", "style_distance",
+    "style_features", "style_matrix", "token_divergences",
 ]
 
 

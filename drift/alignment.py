@@ -16,12 +16,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from drift.divergence import IGNORE, Batch, Forward, logits_of
+from drift.forward import IGNORE, Batch, Forward, logits_of, on_device, summed_nll
 from drift.groups import Groups
 from drift.intercept import Interceptor, UseCollector
 from drift.modes import measuring
 from drift.names import layer_index, parameters
-from drift.numerics import at_least_fp32
 from drift.reference import Reference
 from drift.table import Row
 from drift.uses import Use, blocks
@@ -170,11 +169,11 @@ def gradient_gram(model: nn.Module, batch: Batch, *, forward: Forward = logits_o
     if not trainable:
         raise ValueError("the model has no trainable parameter, so there is no gradient; set requires_grad on some")
     device = next(iter(trainable.values())).device
-    batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    batch = on_device(batch, device)
     n_rows = int(rows.max()) + 1
     collector = _RowGrams()
     with measuring(model), torch.enable_grad(), Interceptor(model).collecting(collector, Groups(rows, n_rows, tuple(labels.shape))):
-        loss = _summed_loss(forward(model, batch), batch["labels"])
+        loss = summed_nll(model, batch, forward)
         # What is taken apart answers None, so a gradient that comes back is one that was not seen.
         unseen = torch.autograd.grad(loss, list(trainable.values()), allow_unused=True)
     grams = collector.finish()
@@ -198,12 +197,6 @@ class _RowGrams(UseCollector):
         """What has been collected."""
         self.close()
         return {name: k.cpu().numpy() for name, k in self._grams.items()}
-
-
-def _summed_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    counted = labels[:, 1:] != IGNORE
-    kept = logits[:, :-1][counted]
-    return nn.functional.cross_entropy(at_least_fp32(kept), labels[:, 1:][counted], reduction="sum")
 
 
 def join_batches(batches: Sequence[Batch]) -> dict[str, Tensor]:

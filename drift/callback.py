@@ -1,6 +1,6 @@
 """The recorder as a callback of transformers' Trainer, and of trainers built on it (TRL's SFTTrainer)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +17,23 @@ class DriftCallback(TrainerCallback):
     >>> callback = DriftCallback(out=None, every=10)  # Trainer(..., callbacks=[callback])
 
     ``out`` defaults to the Trainer's ``output_dir``. Whole-model figures join the Trainer's next log entry. A run resumed
-    from a checkpoint goes on in the same table; as the model has then left θ₀, ``reference`` must be given.
+    from a checkpoint goes on in the same table; as the model has then left θ₀, ``reference`` must be given. A
+    :class:`~drift.sources.SourceGradients` among the probes takes its tags from the batch under its ``key``; a Trainer passes such a column
+    on with ``remove_unused_columns=False`` and a collator that keeps it. If training crashes, :func:`drift.release` takes it off the model.
     """
 
     def __init__(self, out: Path | str | None = "", *, every: int | Schedule = 1, probes: Sequence[Probe] = (),
-                 reference: Reference | None = None, run: str = "run", config: Mapping[str, Any] | None = None) -> None:
+                 reference: Reference | None = None, metrics: Collection[str] = ("l2", "rel"), run: str = "run",
+                 config: Mapping[str, Any] | None = None, overwrite: bool = False) -> None:
         self.out, self.every, self.probes, self.reference = out, every, probes, reference
-        self.run, self.config = run, config
+        self.metrics, self.run, self.config, self.overwrite = metrics, run, config, overwrite
         self.recorder: Recorder | None = None
         self._pending: dict[str, float] = {}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model, **kwargs) -> None:
         out = args.output_dir if self.out == "" else self.out
-        self.recorder = record(model, out, every=self.every, probes=self.probes, reference=self.reference, run=self.run,
-                               config=self.config, start_step=state.global_step)
+        self.recorder = record(model, out, every=self.every, probes=self.probes, reference=self.reference, metrics=self.metrics,
+                               run=self.run, config=self.config, start_step=state.global_step, overwrite=self.overwrite)
         self.recorder.__enter__()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from drift.deltas import Delta, FactoredDelta
-from drift.divergence import IGNORE, Batch, Forward, logits_of
+from drift.forward import Batch, Forward, counted_log_p, logits_of, on_device, summed_nll
 from drift.groups import Groups
 from drift.intercept import Interceptor, UseCollector
 from drift.modes import measuring
@@ -171,12 +171,12 @@ def _collect(model: nn.Module, batches: Iterable[Batch], collector: "UseCollecto
     generator = torch.Generator(device).manual_seed(seed)
     interceptor, n_rows, missing = Interceptor(model), 0, set()
     for batch in batches:
-        batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        batch = on_device(batch, device)
         labels = batch["labels"]
         groups = Groups(torch.arange(len(labels)).unsqueeze(1).expand(labels.shape), len(labels), tuple(labels.shape))
         for _ in range(samples):
             with measuring(model), torch.enable_grad(), interceptor.collecting(collector, groups):
-                log_p = _counted_log_p(forward(model, batch), labels)
+                log_p, _ = counted_log_p(model, batch, forward)
                 drawn = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
                 unseen = torch.autograd.grad(-log_p.gather(1, drawn).sum(), list(trainable.values()), allow_unused=True)
                 collector.close()
@@ -185,14 +185,6 @@ def _collect(model: nn.Module, batches: Iterable[Batch], collector: "UseCollecto
     if n_rows == 0:
         raise ValueError("batches is empty; give at least one batch with labels")
     return n_rows, tuple(n for n in trainable if n in missing)
-
-
-def _counted_log_p(logits: Tensor, labels: Tensor) -> Tensor:
-    """Log-probabilities [N, V] at the counted positions."""
-    kept = logits[:, :-1][labels[:, 1:] != IGNORE]
-    if not len(kept):
-        raise ValueError("no label differs from -100, so there is no position to measure")
-    return torch.log_softmax(at_least_fp32(kept), -1)
 
 
 class _Squares(UseCollector):
@@ -303,10 +295,10 @@ def _pushed(model: nn.Module, batches: Iterable[Batch], vector: Vector, forward:
     try:
         for batch in batches:
             any_batch = True
-            batch = {k: v.to(along[0].device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+            batch = on_device(batch, along[0].device)
             # Of the attention kernels only the plain one can be differentiated twice.
             with measuring(model), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-                log_p = _counted_log_p(forward(model, batch), batch["labels"])
+                log_p, _ = counted_log_p(model, batch, forward)
                 probe = torch.zeros_like(log_p, requires_grad=True)
                 pulled = torch.autograd.grad(log_p, along, probe, create_graph=True, allow_unused=True)
                 used = [(g, v) for g, v in zip(pulled, values, strict=True) if g is not None]
@@ -424,10 +416,7 @@ def _dot(x: Vector, y: Vector) -> float:
 def _summed_gradient(model: nn.Module, mine: Mapping[str, nn.Parameter], batch: Batch, forward: Forward) -> dict[str, Tensor]:
     """Gradient of the summed NLL of the batch's own labels."""
     device = next(iter(mine.values())).device
-    batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-    labels = batch["labels"]
+    batch = on_device(batch, device)
     with measuring(model), torch.enable_grad():
-        log_p = _counted_log_p(forward(model, batch), labels)
-        targets = labels[:, 1:][labels[:, 1:] != IGNORE]
-        gradients = torch.autograd.grad(-log_p.gather(1, targets.unsqueeze(1)).sum(), list(mine.values()), allow_unused=True)
+        gradients = torch.autograd.grad(summed_nll(model, batch, forward), list(mine.values()), allow_unused=True)
     return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(mine.items(), gradients, strict=True)}

@@ -1,7 +1,8 @@
 """Recording while a model trains: one context manager for any loop."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from math import isnan, nan, sqrt
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self, runtime_checkable
@@ -13,7 +14,9 @@ from drift.names import parameters
 from drift.reference import Reference
 from drift.schedules import Schedule, schedule
 from drift.table import Row, Table, write_meta
-from drift.weights import ParameterDrift, parameter_drift
+from drift.weights import METRICS, ParameterDrift, parameter_drift
+
+UPDATE = "update"
 
 
 class Probe(Protocol):
@@ -46,15 +49,18 @@ class Watcher(Protocol):
 
 
 def record(model: nn.Module, out: Path | str | None = None, *, every: int | Schedule = 1, probes: Sequence[Probe] = (),
-           reference: Reference | None = None, run: str = "run", config: Mapping[str, Any] | None = None,
-           start_step: int = 0) -> "Recorder":
+           reference: Reference | None = None, metrics: Collection[str] = ("l2", "rel"), run: str = "run",
+           config: Mapping[str, Any] | None = None, start_step: int = 0, overwrite: bool = False) -> "Recorder":
     r"""Record drift from the base, and whatever ``probes`` measure, while ``model`` trains.
 
-    ``out``: folder for ``drift/part-*.parquet`` and ``drift/meta.json`` (None: memory only). ``every``: record each so many
-    steps, or when ``every(step)`` is true; step 0 and the last step are always recorded. ``reference``: θ₀; by default the
-    weights at the moment of entering. ``config``: anything worth keeping in meta.json. ``start_step``: the step that a
-    resumed run goes on from; later recordings in ``out`` are dropped, earlier ones kept. θ₀ must then be given.
+    ``out``: folder for ``drift/part-*.parquet`` and ``drift/meta.json``, readable by :func:`drift.load` while the run goes on (None: memory
+    only). ``every``: record each so many steps, or when ``every(step)`` is true (:mod:`drift.schedules`); step 0 and the last step are
+    always recorded. ``reference``: θ₀; by default the weights at the moment of entering. ``metrics``: of
+    :data:`drift.weights.METRICS`, and ``update``, the distance from the last recording (which keeps one more copy of what is trained).
+    ``config``: anything worth keeping in meta.json. ``start_step``: the step that a resumed run goes on from; later recordings in ``out`` are
+    dropped, earlier ones kept. θ₀ must then be given. ``overwrite``: replace a former run's recordings in ``out``.
 
+    Under torch.distributed every process must record; the first writes. Sharded parameters (FSDP2) are gathered one at a time.
     Cost of a recording: one read of θ and θ₀, plus the probes; :attr:`Recorder.overhead` says what it came to in seconds.
 
     >>> import torch
@@ -68,22 +74,28 @@ def record(model: nn.Module, out: Path | str | None = None, *, every: int | Sche
     >>> round(logged["drift/l2"], 4)  # three steps of 0.5 in both weights: 1.5 √2
     2.1213
     """
-    return Recorder(model, out, every=every, probes=probes, reference=reference, run=run, config=config, start_step=start_step)
+    return Recorder(model, out, every=every, probes=probes, reference=reference, metrics=metrics, run=run, config=config,
+                    start_step=start_step, overwrite=overwrite)
 
 
 class Recorder:
     """What :func:`record` returns; call :meth:`step` after every optimiser step."""
 
     def __init__(self, model: nn.Module, out: Path | str | None, *, every: int | Schedule, probes: Sequence[Probe],
-                 reference: Reference | None, run: str, config: Mapping[str, Any] | None, start_step: int) -> None:
+                 reference: Reference | None, metrics: Collection[str], run: str, config: Mapping[str, Any] | None,
+                 start_step: int, overwrite: bool) -> None:
         if start_step > 0 and reference is None:
             raise ValueError(f"reference is missing: at start_step={start_step} the model has left θ₀, so it can't be taken "
                              "from it; give Reference.snapshot(model) made before training, or "
-                             "Reference.from_safetensors(base model)")
+                             "Reference.open(the base model's folder)")
+        unknown = set(metrics) - {*METRICS, UPDATE}
+        if unknown:
+            raise ValueError(f"metrics holds {sorted(unknown)}; there are {', '.join([*METRICS, UPDATE])}")
         names = [p.name for p in probes]
         if len(set(names)) < len(names):
             raise ValueError(f"probes must have different names, got {names}")
         self.model, self.probes, self.reference, self.config = model, list(probes), reference, dict(config or {})
+        self.metrics, self.overwrite = tuple(dict.fromkeys(["l2", *metrics])), overwrite
         self.every = schedule(every)
         self.last = start_step
         self.overhead = 0.0  # seconds spent recording, preparation of the probes included
@@ -91,8 +103,13 @@ class Recorder:
         self._watchers = [p for p in self.probes if isinstance(p, Watcher)]
         self._table = Table(out, run)
         self._recorded: set[int] = set()
+        self._before: Reference | None = None  # the weights at the last recording, for "update"
 
     def __enter__(self) -> Self:
+        if self.last == 0:
+            self._table.begin(overwrite=self.overwrite)
+        else:
+            self._table.resume(self.last, self.config)
         began = time.perf_counter()
         if self.reference is None:
             self.reference = Reference.snapshot(self.model)
@@ -101,11 +118,11 @@ class Recorder:
             probe.prepare(self.model, self.reference)
         self.overhead += time.perf_counter() - began
         if self.last == 0:
-            self._table.clear()
             self._record(0, everything=True)
         else:
-            self._table.resume(self.last)
-            self._recorded = {row.step for row in self._table.rows}
+            self._recorded = {self.last}
+            if UPDATE in self.metrics:
+                self._before = Reference.snapshot(self.model)
         for watcher in self._watchers:
             watcher.attach(self.every, self.last)
         return self
@@ -134,7 +151,12 @@ class Recorder:
 
     def _record(self, step: int, *, everything: bool = False) -> dict[str, float]:
         began = time.perf_counter()
-        rows = drift_rows(parameter_drift(self.model, self.reference), step)
+        drifts = parameter_drift(self.model, self.reference, metrics=[m for m in self.metrics if m != UPDATE])
+        rows = drift_rows(drifts, step, self.metrics)
+        if UPDATE in self.metrics:
+            if self._before is not None:
+                rows += drift_rows(parameter_drift(self.model, self._before, metrics=()), step, ("l2",), name=UPDATE)
+            self._before = Reference.snapshot(self.model)
         for probe in self.probes:
             if everything or probe.every is None or schedule(probe.every)(step):
                 rows += probe.rows(self.model, step)
@@ -142,6 +164,7 @@ class Recorder:
         self._recorded.add(step)
         self.recordings += 1
         self.overhead += time.perf_counter() - began
+        self._write_meta()
         return _whole_model(rows)
 
     def latest(self) -> dict[str, float]:
@@ -157,28 +180,56 @@ class Recorder:
         write_meta(self._table.out, {
             "run": self._table.run, "last_step": self.last, "recordings": self.recordings,
             "overhead_seconds": round(self.overhead, 3), "trainable_parameters": sum(trainable.values()),
-            "coverage": coverage, "config": self.config})
+            "metrics": list(self.metrics), "coverage": coverage, "config": self.config})
 
 
-def drift_rows(drifts: Sequence[ParameterDrift], step: int) -> list[Row]:
-    """Drift per parameter, per block and of the whole model, as table rows (``drift/l2`` and ``drift/rel``).
+def drift_rows(drifts: Sequence[ParameterDrift], step: int, metrics: Collection[str] = ("l2", "rel"), name: str | None = None) -> list[Row]:
+    """Drift per parameter, per kind of module in a block's, per block and of the whole model, as table rows ``drift/<metric>``.
 
-    Blocks and the whole combine their parameters as one long vector: squares add up.
+    Kinds (``module`` = ``*.q_proj.weight``), blocks and the whole combine their parameters as one long vector: squares add up, the largest element is
+    the largest of all. Singular values and directions belong to single matrices and are not combined. ``name``: another
+    name for the metric ``l2``.
     """
-    rows = []
-    groups: dict[int | None | str, list[ParameterDrift]] = {"model": list(drifts)}
+    rows: list[Row] = []
+
+    def add(metric: str, value: float, layer: int | None, module: str) -> None:
+        rows.append(Row(step=step, metric=f"drift/{name if name and metric == 'l2' else metric}", layer=layer, module=module, value=value))
+
+    groups: dict[tuple[int | None, str], list[ParameterDrift]] = {(None, ""): list(drifts)}
     for d in drifts:
-        rows += [Row(step=step, metric="drift/l2", layer=d.layer, module=d.name, value=d.l2),
-                 Row(step=step, metric="drift/rel", layer=d.layer, module=d.name, value=d.rel)]
+        for metric in metrics:
+            if metric != UPDATE and not isnan(getattr(d, metric)) or metric == "rel":
+                add(metric, getattr(d, metric), d.layer, d.name)
         if d.layer is not None:
-            groups.setdefault(d.layer, []).append(d)
-    for group, members in groups.items():
-        l2 = sum(d.l2**2 for d in members) ** 0.5
-        base = sum(d.base_l2**2 for d in members) ** 0.5
-        layer = None if group == "model" else group
-        rows += [Row(step=step, metric="drift/l2", layer=layer, value=l2),
-                 Row(step=step, metric="drift/rel", layer=layer, value=l2 / base if base else float("nan"))]
+            groups.setdefault((d.layer, ""), []).append(d)
+            groups.setdefault((None, kind(d.name)), []).append(d)
+    for (layer, module), members in groups.items():
+        for metric, value in _combined(members, metrics).items():
+            add(metric, value, layer, module)
     return rows
+
+
+def _combined(members: Sequence[ParameterDrift], metrics: Collection[str]) -> dict[str, float]:
+    l2, base = (sqrt(sum(x**2 for x in values)) for values in ([d.l2 for d in members], [d.base_l2 for d in members]))
+    found = {"l2": l2, "rel": l2 / base if base else nan}
+    if "max" in metrics:
+        found["max"] = max(d.max for d in members)
+    if "cos" in metrics:
+        products = [(d.base_l2**2 + d.product, d.base_l2**2 + 2 * d.product + d.l2**2) for d in members]
+        now = sqrt(sum(max(n, 0.0) for _, n in products))
+        found["cos"] = sum(p for p, _ in products) / (base * now) if base and now else nan
+    return {metric: value for metric, value in found.items() if metric in metrics}
+
+
+def kind(name: str) -> str:
+    """A parameter's name without its block, for sums over all blocks.
+
+    >>> kind("model.layers.3.mlp.up_proj.weight")
+    '*.mlp.up_proj.weight'
+    """
+    parts = name.split(".")
+    place = next(i for i, part in enumerate(parts) if part.isdigit())
+    return ".".join(["*", *parts[place + 1 :]])
 
 
 def _whole_model(rows: Sequence[Row]) -> dict[str, float]:

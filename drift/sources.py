@@ -165,6 +165,9 @@ class SourceGradients:
     # --- attaching -----------------------------------------------------------------------------------------------
 
     def __enter__(self) -> Self:
+        if _attached(self.model):
+            raise RuntimeError("a SourceGradients is attached to this model already (left behind by a crash?); drift.release(model) "
+                               "takes it off")
         self._open = True
         self._handles.append(self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True, prepend=True))
         if self.optimizer is not None:
@@ -304,6 +307,20 @@ class SourceGradients:
         now = self._recent[-1]
         return [replaced for metric, per_name in now.grams.items() for where in _scopes(per_name)
                 for replaced in _rows(list(self._recent), metric, where, step)]
+
+
+def release(model: nn.Module) -> None:
+    """Take off the model whatever :class:`SourceGradients` is attached to it, for instance after a Trainer has crashed.
+
+    >>> release(nn.Linear(1, 1))
+    """
+    for sources in _attached(model):
+        sources.detach()
+
+
+def _attached(model: nn.Module) -> list[SourceGradients]:
+    owners = [getattr(hook, "__self__", None) for hook in model._forward_pre_hooks.values()]
+    return [owner for owner in owners if isinstance(owner, SourceGradients)]
 
 
 def _scopes(names: Mapping[str, Gram]) -> list[dict[str, Any]]:

@@ -10,8 +10,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch.distributed as dist
+from numpy.typing import NDArray
 
 SCHEMA = pa.schema([
     ("run", pa.string()), ("step", pa.int64()), ("metric", pa.string()), ("layer", pa.int64()), ("module", pa.string()),
@@ -23,8 +26,8 @@ SCHEMA = pa.schema([
 class Row:
     """One number: which metric, at which step, of which part of the model, on which data.
 
-    ``layer``: block index, None outside the blocks or for the whole model. ``module``: canonical parameter name, "" for a
-    sum over several. ``source``: the probe or pair of sources, "" if none. ``stderr`` and ``n_tokens``: None where they do
+    ``layer``: block index, None outside the blocks or for the whole model. ``module``: canonical parameter name, ``*.<name>`` for
+    one kind of parameter over all blocks, "" for a block or the whole model. ``source``: the probe or pair of sources, "" if none. ``stderr`` and ``n_tokens``: None where they do
     not apply.
     """
 
@@ -47,7 +50,7 @@ class Table:
     """
 
     def __init__(self, out: Path | str | None, run: str) -> None:
-        self.out, self.run = None if out is None else Path(out), run
+        self.out, self.run = None if out is None or not main_process() else Path(out), run
         self.rows: list[Row] = []
         if self.out is not None:
             try:
@@ -58,18 +61,32 @@ class Table:
             except OSError as error:
                 raise OSError(error.errno, f"can't record to {self.out / 'drift'} ({error.strerror}); choose another out") from None
 
-    def resume(self, step: int) -> None:
-        """Forget what was recorded after ``step``, and read the rest back (for a run that goes on from there)."""
+    def resume(self, step: int, config: Mapping[str, Any]) -> None:
+        """Forget what was recorded after ``step``, and read the rest back (for a run that goes on from there).
+
+        Raises ``ValueError`` if the folder holds another run.
+        """
         self.rows = []
+        if not self._parts():
+            return
+        before = load(self.out).meta
+        now = json.loads(json.dumps({"run": self.run, "config": config}, default=str))
+        differing = [f"{key} is {before.get(key)!r}, now {now[key]!r}" for key in now if key in before and before[key] != now[key]]
+        if differing:
+            raise ValueError(f"out {self.out} holds the recordings of another run ({'; '.join(differing)}); choose another folder")
         for part in self._parts():
             if _step_of(part) > step:
                 part.unlink()
-        if any(self._parts()):
-            self.rows = [Row(**r) for r in read_table(self.out).to_pylist()]
+        if self._parts():
+            self.rows = [Row(**r) for r in load(self.out).table.to_pylist()]
 
-    def clear(self) -> None:
-        """Remove every part of a former run in the same folder."""
-        for part in self._parts():
+    def begin(self, *, overwrite: bool) -> None:
+        """Start with no recordings. Raises ``FileExistsError`` if there are some, unless ``overwrite``: then they are removed."""
+        parts = self._parts()
+        if parts and not overwrite:
+            raise FileExistsError(f"out {self.out} holds {len(parts)} recordings of a former run (the last of step {_step_of(parts[-1])}); choose "
+                                  "another folder, give overwrite=True, or start_step to go on with it")
+        for part in parts:
             part.unlink()
 
     def add(self, step: int, rows: list[Row]) -> None:
@@ -96,6 +113,11 @@ class Table:
         return [] if self.out is None else sorted((self.out / "drift").glob("part-*.parquet"))
 
 
+def main_process() -> bool:
+    """Whether this process is the one that writes: the first of several, or the only one."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
 def _step_of(part: Path) -> int:
     return int(part.stem.split("-")[1])
 
@@ -104,15 +126,54 @@ def _arrow(rows: list[Row]) -> pa.Table:
     return pa.table({f.name: [getattr(r, f.name) for r in rows] for f in fields(Row)}, schema=SCHEMA)
 
 
-def read_table(out: Path | str) -> pa.Table:
-    """The table that a run recorded under ``out``, as an Arrow table (``.to_pandas()`` for a data frame).
+@dataclass(frozen=True)
+class Recording:
+    """What a run has recorded: ``table``, one row a number (columns as in :class:`Row`), and ``meta``, how it came about."""
 
-    Columns: run, step, metric, layer, module, source, value, stderr, n_tokens (see :class:`Row`).
+    table: pa.Table
+    meta: Mapping[str, Any]
+
+    def metrics(self) -> list[str]:
+        """The names of all metrics, sorted."""
+        return sorted(set(self.table["metric"].to_pylist()))
+
+    def series(self, metric: str, *, layer: int | None = None, module: str = "", source: str = "") -> "Series":
+        """One metric of one part of the model over the steps; by default of the whole model.
+
+        Raises ``ValueError`` naming what there is if nothing matches.
+        """
+        if metric not in self.metrics():
+            raise ValueError(f"there is no metric {metric!r}; there are {', '.join(self.metrics())}")
+        of_metric = [r for r in self.table.to_pylist() if r["metric"] == metric]
+        rows = [r for r in of_metric if r["module"] == module and r["source"] == source and (module or r["layer"] == layer)]
+        if not rows:
+            there = sorted({(r["layer"], r["module"], r["source"]) for r in of_metric}, key=str)[:4]
+            raise ValueError(f"{metric} has no rows of layer={layer}, module={module!r}, source={source!r}; it has such as {there}")
+        rows.sort(key=lambda r: r["step"])
+        return Series(np.array([r["step"] for r in rows]), np.array([r["value"] for r in rows]),
+                      np.array([np.nan if r["stderr"] is None else r["stderr"] for r in rows]))
+
+
+@dataclass(frozen=True)
+class Series:
+    """``steps``, ``values`` and standard errors ``stderr`` (nan where there is none), each [n]."""
+
+    steps: NDArray[np.int64]
+    values: NDArray[np.float64]
+    stderr: NDArray[np.float64]
+
+
+def load(out: Path | str) -> Recording:
+    """What a run recorded under ``out``, also while it is still running.
+
+    Raises ``FileNotFoundError`` if nothing is recorded there.
     """
     parts = sorted((Path(out) / "drift").glob("part-*.parquet"))
     if not parts:
         raise FileNotFoundError(f"nothing is recorded under {Path(out) / 'drift'} (no part-*.parquet there)")
-    return pa.concat_tables([pq.read_table(part, schema=SCHEMA) for part in parts])
+    meta = Path(out) / "drift" / "meta.json"
+    return Recording(pa.concat_tables([pq.read_table(part, schema=SCHEMA) for part in parts]),
+                     json.loads(meta.read_text(encoding="utf-8")) if meta.exists() else {})
 
 
 def write_meta(out: Path, meta: Mapping[str, Any]) -> None:

@@ -31,13 +31,14 @@ _K = 10
 class ParameterDrift:
     r"""Drift of one parameter: the metrics of :data:`METRICS` that were asked for, nan where one does not apply.
 
-    ``base_l2`` is :math:`\lVert\theta_0\rVert_2`. Spectral metrics are of matrices only (vectors and stacks of experts: nan).
+    ``base_l2`` is :math:`\lVert\theta_0\rVert_2`, ``product`` :math:`\langle\delta,\theta_0\rangle`. Spectral metrics are of matrices only (vectors and stacks of experts: nan).
     """
 
     name: str
     numel: int
     l2: float
     base_l2: float = nan
+    product: float = nan
     max: float = nan
     cos: float = nan
     spectral: float = nan
@@ -118,7 +119,7 @@ def _drift(name: str, delta: Delta, sums: list[float], metrics: Collection[str])
     square, base_square, product, largest = sums
     now_square = base_square + 2 * product + square
     cos = (base_square + product) / sqrt(base_square * now_square) if base_square > 0 and now_square > 0 else nan
-    found = ParameterDrift(name=name, numel=delta.numel, l2=sqrt(square), base_l2=sqrt(base_square), max=largest, cos=cos)
+    found = ParameterDrift(name=name, numel=delta.numel, l2=sqrt(square), base_l2=sqrt(base_square), product=product, max=largest, cos=cos)
     wanted = _SPECTRAL & set(metrics)
     if not wanted or (isinstance(delta, DenseDelta) and delta.now.dim() != 2):
         return found

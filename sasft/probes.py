@@ -57,4 +57,4 @@ def style_probe(chat: Chat, rows: Sequence[Encoded], precision: Precision) -> dr
             answers = sample(model, prompts, seeds, sampler, stop_id=chat.end_of_turn, pad_id=chat.pad_id)
         return [chat.tokenizer.decode(answer.ids) for answer in answers]
 
-    return drift.StyleProbe("self-prompts", write)
+    return drift.StyleProbe("self-prompts", write, paired=True)

@@ -270,7 +270,7 @@ def train(settings: TrainSettings) -> dict[str, Any]:
     callbacks = []
     if settings.record_every:
         callbacks.append(drift.DriftCallback(
-            out=out, every=settings.record_every, config=identity, reference=drift.Reference.snapshot(model),
+            out=out, overwrite=True, every=settings.record_every, config=identity, reference=drift.Reference.snapshot(model),
             probes=run_probes(chat, held_out, text, precision=settings.precision)))
     log = fit(model, rows, plan, settings, pad_id=chat.pad_id, out=out, callbacks=callbacks)
     write_json(out / "log.json", log)

@@ -200,7 +200,7 @@ class Worker:
         alignment = drift.AlignmentProbe("align", {s: [collate(r, self.job.pad_id)] for s, r in sources.items()},
                                          every=self.job.settings.steps)  # at both ends of the run
         return drift.DriftCallback(
-            out=out, run=f"{arm.name}/seed{seed}", every=self.job.settings.record_every, reference=self.reference,
+            out=out, overwrite=True, run=f"{arm.name}/seed{seed}", every=self.job.settings.record_every, reference=self.reference,
             probes=[alignment] if arm.self_data and seed == 0 else [])
 
 

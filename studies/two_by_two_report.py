@@ -205,7 +205,7 @@ def draw_gain_and_drop(outcome: Outcome, table: Sequence[Mapping[str, Any]], fol
 def draw_depth(outcome: Outcome, table: Sequence[Mapping[str, Any]], folder: Path) -> Drawn:
     """Figure (c): relative drift per layer over the steps, task-only beside SA-SFT."""
     names = ("task only", "SA-SFT exact")
-    recorded = {(name, seed): drift.read_table(outcome.folder / name / f"seed{seed}").to_pylist()
+    recorded = {(name, seed): drift.load(outcome.folder / name / f"seed{seed}").table.to_pylist()
                 for name in names for seed in range(outcome.seeds)}
     rows = [{"arm": name, "seed": seed, "step": r["step"], "layer": r["layer"], "relative_drift": r["value"]}
             for (name, seed), run in recorded.items() for r in run

@@ -19,7 +19,7 @@ from drift.alignment import (
     mean_inner,
     raw_cosine,
 )
-from drift.divergence import logits_of
+from drift.forward import logits_of
 from drift.names import parameters
 from tests.drift import zoo
 

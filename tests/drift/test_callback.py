@@ -24,7 +24,7 @@ def trainer(out: Path, *callbacks, max_steps: int = 6) -> Trainer:
 
 
 def drifts(out: Path) -> dict[int, float]:
-    return {r["step"]: r["value"] for r in drift.read_table(out).to_pylist()
+    return {r["step"]: r["value"] for r in drift.load(out).table.to_pylist()
             if r["metric"] == "drift/l2" and r["layer"] is None and not r["module"]}
 
 

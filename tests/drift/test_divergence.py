@@ -1,5 +1,6 @@
 """KL, entropy and NLL against float64 sums written out, and the facts that tie them to the weights."""
 
+import copy
 import math
 
 import pytest
@@ -7,8 +8,10 @@ import torch
 from torch import Tensor
 
 import drift
-from drift.divergence import DivergenceProbe, logits_of, token_divergences
-from tests.drift import zoo
+from drift.divergence import METRICS, Projected, token_divergences
+from drift.divergence_probe import DivergenceProbe, store_base
+from drift.forward import logits_of
+from tests.drift import families, zoo
 
 
 def brute(base: Tensor, model: Tensor, target: int) -> dict[str, float]:
@@ -216,3 +219,100 @@ def test_a_small_kl_keeps_its_digits_in_float32(size: float, tolerance: float) -
     measured, exact = token_divergences(base, model, targets), token_divergences(base.double(), model.double(), targets)
     for name in ("kl_base_model", "kl_model_base"):
         torch.testing.assert_close(getattr(measured, name).double(), getattr(exact, name), rtol=tolerance, atol=0)
+
+
+# --- where the base comes from ----------------------------------------------------------------------------------
+
+
+def _moved(model, seed: int = 4) -> None:
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(0.05 * torch.randn_like(p))
+
+
+def _same(a: drift.RowDivergences, b: drift.RowDivergences, rtol: float = 1e-5) -> None:
+    for metric in METRICS:
+        torch.testing.assert_close(getattr(a, metric), getattr(b, metric), rtol=rtol, atol=1e-7)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_states_and_head_give_the_numbers_of_logits(tied: bool) -> None:
+    model, batches = zoo.llama(tied=tied), [zoo.batch(vocabulary=32), zoo.batch(rows=3, vocabulary=32, seed=2)]
+    reference = drift.Reference.snapshot(model)
+    states = drift.DivergenceProbe("s", batches)
+    logits = drift.DivergenceProbe("l", batches, forward=lambda m, b: logits_of(m, b))
+    for probe in (states, logits):
+        probe.prepare(model, reference)
+    assert isinstance(states._kept[0], Projected) and isinstance(logits._kept[0], torch.Tensor)
+    _moved(model)
+    _same(states.per_row(model), logits.per_row(model))
+    assert float(states.per_row(model).kl_base_model.sum()) > 1e-3
+    assert "forward" not in model.lm_head.__dict__
+
+
+def test_a_capped_head_falls_back_to_logits() -> None:
+    model = families.make("gemma3", torch.float32)
+    model.config.final_logit_softcapping = 3.0
+    probe = drift.DivergenceProbe("s", [zoo.batch(vocabulary=families.V)])
+    probe.prepare(model, drift.Reference.snapshot(model))
+    assert isinstance(probe._kept[0], torch.Tensor)
+    assert float(probe.per_row(model).kl_base_model.abs().max()) == 0
+
+
+def test_a_second_model_stored_log_probabilities_and_files_give_the_same(tmp_path) -> None:
+    model, batches = zoo.llama(), [zoo.batch(vocabulary=32), zoo.batch(rows=3, vocabulary=32, seed=2)]
+    base = copy.deepcopy(model)
+    model.save_pretrained(tmp_path / "base")
+    store_base(tmp_path / "base.safetensors", base, batches)
+    reference = drift.Reference.snapshot(model)
+    _moved(model)
+    expected = drift.DivergenceProbe("θ₀", batches)
+    expected.prepare(model, reference)
+    for probe in (drift.DivergenceProbe("second", batches, base=base), drift.DivergenceProbe("stored", batches, base=tmp_path / "base.safetensors")):
+        probe.prepare(model)
+        _same(probe.per_row(model), expected.per_row(model))
+    files = drift.DivergenceProbe("files", batches)
+    files.prepare(model, drift.Reference.open(tmp_path / "base"))
+    _same(files.per_row(model), expected.per_row(model))
+
+
+def test_the_model_without_its_adapters_is_a_base() -> None:
+    plain = zoo.llama()
+    base = copy.deepcopy(plain)
+    model, batches = zoo.lora(plain), [zoo.batch(vocabulary=32)]
+    off, second = drift.DivergenceProbe("off", batches, base="without adapters"), drift.DivergenceProbe("second", batches, base=base)
+    for probe in (off, second):
+        probe.prepare(model)
+    _same(off.per_row(model), second.per_row(model))
+    assert float(off.per_row(model).kl_base_model.sum()) > 0
+    with pytest.raises(ValueError, match="probe 'off': base is 'without adapters', but the model has none"):
+        drift.DivergenceProbe("off", batches, base="without adapters").prepare(base)
+
+
+def test_stored_log_probabilities_of_other_batches_are_refused(tmp_path) -> None:
+    batches = [zoo.batch(vocabulary=32)]
+    store_base(tmp_path / "base.safetensors", zoo.llama(), batches)
+    with pytest.raises(ValueError, match="probe 'p': base .* was stored for other batches"):
+        drift.DivergenceProbe("p", [zoo.batch(vocabulary=32, seed=9)], base=tmp_path / "base.safetensors")
+    with pytest.raises(FileNotFoundError, match="probe 'p': base .*nothing is not there; write it with"):
+        drift.DivergenceProbe("p", batches, base=tmp_path / "nothing")
+    with pytest.raises(ValueError, match="reference is missing"):
+        drift.DivergenceProbe("p", batches).prepare(zoo.llama())
+
+
+def test_perplexity_is_that_of_the_mean_nll() -> None:
+    model = zoo.llama()
+    with drift.record(model, probes=[drift.DivergenceProbe("p", [zoo.batch(vocabulary=32)])]) as rec:
+        pass
+    rows = {r["metric"]: r for r in rec.table().to_pylist() if r["source"] == "p"}
+    assert rows["ppl/model"]["value"] == pytest.approx(math.exp(rows["nll/model"]["value"]))
+    assert rows["ppl/base"]["stderr"] == pytest.approx(rows["ppl/base"]["value"] * rows["nll/base"]["stderr"])
+
+
+def test_two_types_are_compared_in_the_wider() -> None:
+    torch.manual_seed(0)
+    base, other, targets = torch.randn(3, 5).double(), torch.randn(3, 5), torch.tensor([0, 1, 2])
+    mixed, wide = token_divergences(base, other, targets), token_divergences(base, other.double(), targets)
+    torch.testing.assert_close(mixed.kl_base_model, wide.kl_base_model, rtol=0, atol=0)

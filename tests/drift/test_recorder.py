@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -51,7 +52,7 @@ def test_drift_of_every_part_and_of_the_whole(tmp_path: Path) -> None:
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     with drift.record(model, tmp_path) as rec:
         walk(model, rec, 2)
-    table = drift.read_table(tmp_path)
+    table = drift.load(tmp_path).table
     delta = {n: (p - before[n]).double() for n, p in model.named_parameters()}
     for name, d in delta.items():
         assert values(table, "drift/l2", module=name)[2] == pytest.approx(d.norm().item(), rel=1e-6)
@@ -69,7 +70,7 @@ def test_schedule_includes_the_first_and_the_last_step(tmp_path: Path) -> None:
     model, probe, rare = nn.Linear(2, 2), Counter(), Counter("rare", every=4)
     with drift.record(model, tmp_path, every=2, probes=[probe, rare]) as rec:
         logged = walk(model, rec, 5)
-    table = drift.read_table(tmp_path)
+    table = drift.load(tmp_path).table
     assert sorted(values(table, "calls", source="counter")) == [0, 2, 4, 5]
     assert sorted(values(table, "calls", source="rare")) == [0, 4, 5]
     assert [bool(x) for x in logged] == [False, True, False, True, False]
@@ -88,9 +89,9 @@ def test_the_table_is_readable_while_training_runs_and_after_an_error(tmp_path: 
     model = nn.Linear(2, 2)
     with pytest.raises(RuntimeError, match="boom"), drift.record(model, tmp_path) as rec:
         walk(model, rec, 1)
-        assert set(values(drift.read_table(tmp_path), "drift/l2", module="weight")) == {0, 1}
+        assert set(values(drift.load(tmp_path).table, "drift/l2", module="weight")) == {0, 1}
         raise RuntimeError("boom")
-    assert set(values(drift.read_table(tmp_path), "drift/l2", module="weight")) == {0, 1}
+    assert set(values(drift.load(tmp_path).table, "drift/l2", module="weight")) == {0, 1}
     assert json.loads((tmp_path / "drift" / "meta.json").read_text())["last_step"] == 1
 
 
@@ -119,7 +120,7 @@ def test_a_resumed_recording_drops_what_came_later_and_keeps_the_rest(tmp_path: 
         for p in model.parameters():
             p.sub_(0.2)
     train(3, 1, model, reference)
-    measured = values(drift.read_table(tmp_path), "drift/l2", module="bias")
+    measured = values(drift.load(tmp_path).table, "drift/l2", module="bias")
     assert sorted(measured) == [0, 1, 2, 3, 4]
     for step, value in measured.items():
         assert value == pytest.approx(0.1 * step * math.sqrt(2), rel=1e-5)
@@ -130,12 +131,82 @@ def test_resuming_without_the_base_is_refused() -> None:
         drift.record(nn.Linear(1, 1), start_step=3)
 
 
-def test_a_new_run_in_the_same_folder_starts_an_empty_table(tmp_path: Path) -> None:
-    for steps in (4, 1):
+def test_a_former_runs_recordings_are_not_lost_by_accident(tmp_path: Path) -> None:
+    def run(steps: int, **settings) -> None:
         model = nn.Linear(1, 1)
-        with drift.record(model, tmp_path) as rec:
+        with drift.record(model, tmp_path, **settings) as rec:
             walk(model, rec, steps)
-    assert sorted(values(drift.read_table(tmp_path), "drift/l2", module="bias")) == [0, 1]
+
+    run(4)
+    with pytest.raises(FileExistsError, match=r"holds 5 recordings of a former run \(the last of step 4\).*overwrite=True"):
+        run(1)
+    assert sorted(values(drift.load(tmp_path).table, "drift/l2", module="bias")) == [0, 1, 2, 3, 4]
+    run(1, overwrite=True)
+    assert sorted(values(drift.load(tmp_path).table, "drift/l2", module="bias")) == [0, 1]
+
+
+def test_going_on_with_another_run_is_refused(tmp_path: Path) -> None:
+    model = nn.Linear(1, 1)
+    reference = drift.Reference.snapshot(model)
+    with drift.record(model, tmp_path, reference=reference, run="mine", config={"lr": 0.1}) as rec:
+        walk(model, rec, 2)
+    with pytest.raises(ValueError, match=r"holds the recordings of another run \(config is {'lr': 0.1}, now {'lr': 0.2}\)"), \
+            drift.record(model, tmp_path, reference=reference, run="mine", config={"lr": 0.2}, start_step=1):
+        pass
+    assert sorted(values(drift.load(tmp_path).table, "drift/l2", module="bias")) == [0, 1, 2]
+
+
+def test_meta_is_there_while_the_run_goes_on(tmp_path: Path) -> None:
+    model = nn.Linear(1, 1)
+    with drift.record(model, tmp_path) as rec:
+        walk(model, rec, 1)
+        assert drift.load(tmp_path).meta["recordings"] == 2
+
+
+def test_every_metric_of_parts_kinds_and_the_whole() -> None:
+    model = zoo.llama(tied=False)
+    before = {n: p.detach().clone().double() for n, p in model.named_parameters()}
+    with drift.record(model, metrics=("l2", "rel", "max", "cos", "spectral", "update")) as rec:
+        torch.manual_seed(0)
+        for _ in range(2):
+            with torch.no_grad():
+                last = {n: p.detach().clone().double() for n, p in model.named_parameters()}
+                for p in model.parameters():
+                    p.add_(0.1 * torch.randn_like(p))
+            rec.step()
+    now = {n: p.detach().double() for n, p in model.named_parameters()}
+    table = rec.table()
+
+    def joined(of: dict[str, torch.Tensor], has: str) -> torch.Tensor:
+        return torch.cat([x.flatten() for n, x in of.items() if has in n])
+
+    for where, has in (({"module": "", "layer": None}, ""), ({"module": "", "layer": 1}, "layers.1."),
+                       ({"module": "*.mlp.up_proj.weight", "layer": None}, "up_proj")):
+        x, y, z = joined(now, has), joined(before, has), joined(last, has)
+        expected = {"l2": (x - y).norm(), "rel": (x - y).norm() / y.norm(), "max": (x - y).abs().max(),
+                    "cos": x @ y / x.norm() / y.norm(), "update": (x - z).norm()}
+        for metric, value in expected.items():
+            assert values(table, f"drift/{metric}", **where)[2] == pytest.approx(value.item(), rel=1e-5), metric
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert values(table, "drift/spectral", module=name)[2] == pytest.approx(torch.linalg.svdvals(now[name] - before[name])[0].item(), rel=1e-5)
+    assert not values(table, "drift/spectral", module="model.norm.weight")
+    with pytest.raises(ValueError, match=r"metrics holds \['l3'\]; there are l2, .*update"):
+        drift.record(model, metrics=["l3"])
+
+
+def test_series_are_found_or_what_there_is_is_named(tmp_path: Path) -> None:
+    model = zoo.llama()
+    with drift.record(model, tmp_path) as rec:
+        walk(model, rec, 3)
+    recording = drift.load(tmp_path)
+    series = recording.series("drift/l2", layer=1)
+    assert series.steps.tolist() == [0, 1, 2, 3] and series.values[0] == 0 and (np.diff(series.values) > 0).all()
+    assert np.isnan(series.stderr).all() and recording.metrics() == ["drift/l2", "drift/rel"]
+    assert len(recording.series("drift/rel", module="model.norm.weight").values) == 4
+    with pytest.raises(ValueError, match="there is no metric 'kl'; there are drift/l2, drift/rel"):
+        recording.series("kl")
+    with pytest.raises(ValueError, match="drift/l2 has no rows of layer=7"):
+        recording.series("drift/l2", layer=7)
 
 
 def test_recording_changes_no_weight_and_no_random_number() -> None:
@@ -189,13 +260,13 @@ def test_a_full_disk_leaves_the_earlier_recordings_readable(tmp_path: Path, monk
     monkeypatch.setattr("drift.table.pq.write_table", full)
     with pytest.raises(OSError, match="recording step 1 .*No space left on device.*before it are whole and readable"):
         table.add(1, [Row(step=1, metric="m", value=2.0)])
-    assert values(drift.read_table(tmp_path), "m") == {0: 1.0}
+    assert values(drift.load(tmp_path).table, "m") == {0: 1.0}
     assert [p.name for p in (tmp_path / "drift").iterdir()] == ["part-000000000.parquet"]
 
 
 def test_reading_a_folder_without_a_recording_says_so(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="nothing is recorded under"):
-        drift.read_table(tmp_path)
+        drift.load(tmp_path).table
 
 
 def test_importing_drift_does_not_import_transformers() -> None:

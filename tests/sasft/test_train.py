@@ -164,7 +164,7 @@ def test_a_run_folder_says_how_it_came_about(folder: Path) -> None:
 def test_everything_asked_for_is_recorded(folder: Path) -> None:
     (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog " * 20)
     train(settings(folder, general_text=str(folder / "text.txt")))
-    table = drift.read_table(folder / "run").to_pylist()
+    table = drift.load(folder / "run").table.to_pylist()
     found = {(r["metric"], r["source"]) for r in table}
     for source in ("task", "self", "general_text"):
         assert {(m, source) for m in ("kl/base_model", "kl/model_base", "nll/model", "entropy/model")} <= found
@@ -207,14 +207,14 @@ def test_an_interrupted_run_from_files_goes_on(folder: Path, monkeypatch: pytest
     monkeypatch.undo()
     resumed = train(settings(folder))
     assert resumed["weights_sha256"] == whole["weights_sha256"] and resumed["recorded"] == whole["recorded"]
-    assert (drift.read_table(folder / "run").drop(["run"]) == drift.read_table(folder / "whole").drop(["run"]))
+    assert (drift.load(folder / "run").table.drop(["run"]) == drift.load(folder / "whole").table.drop(["run"]))
 
 
 def test_lora_moves_the_adapters_alone(folder: Path) -> None:
     summary = train(settings(folder, lora_rank=2, lr=0.05))
     out = folder / "run"
     assert (out / "model" / "adapter_model.safetensors").exists() and not (out / "model" / "model.safetensors").exists()
-    last = [r for r in drift.read_table(out).to_pylist() if r["metric"] == "drift/l2" and r["step"] == 4 and r["module"]]
+    last = [r for r in drift.load(out).table.to_pylist() if r["metric"] == "drift/l2" and r["step"] == 4 and r["layer"] is not None and r["module"]]
     assert last and all("lora" not in r["module"] for r in last)
     base, _ = load_model(str(folder / "model"), device="cpu")
     tuned, _ = load_model(str(out / "model"), device="cpu")

@@ -1,0 +1,80 @@
+"""Running a model on batches as Hugging Face has them, and finding the positions that count."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from drift.numerics import at_least_fp32
+
+Batch = Mapping[str, Any]  # input_ids, attention_mask, labels [B, T]; labels are not shifted, -100 where a token is not counted
+Forward = Callable[[nn.Module, Batch], Tensor]
+IGNORE = -100
+
+
+def logits_of(model: nn.Module, batch: Batch, columns: Tensor | None = None) -> Tensor:
+    """The default forward pass: ``model(input_ids, attention_mask, position_ids).logits``, [B, T, V].
+
+    ``columns`` [C] int64: return the logits of these positions only, [B, C, V]; models that take ``logits_to_keep`` then
+    compute no others. Position ids are counted from the attention mask where the batch has none, so that left padding changes nothing.
+    """
+    inputs = {k: batch[k] for k in ("input_ids", "attention_mask", "position_ids") if k in batch}
+    accepted = signature(model.forward).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
+    mask = inputs.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.dim() == 2 and "position_ids" not in inputs and (takes_any or "position_ids" in accepted):
+        inputs["position_ids"] = mask.cumsum(-1).sub(1).clamp(min=0)
+    if takes_any or "use_cache" in accepted:
+        inputs["use_cache"] = False
+    if columns is None:
+        return model(**inputs).logits
+    if "logits_to_keep" in accepted:
+        return model(**inputs, logits_to_keep=columns).logits
+    return model(**inputs).logits[:, columns]
+
+
+def on_device(batch: Batch, device: torch.device) -> dict[str, Any]:
+    """The batch with its tensors on ``device``."""
+    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+
+def counted(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(row, column) of every position [N] that predicts a counted token, and those tokens [N].
+
+    >>> [x.tolist() for x in counted(torch.tensor([[-100, 7, -100, 5]]))]
+    [[0, 0], [0, 2], [7, 5]]
+    """
+    shifted = labels[:, 1:]
+    row, column = (shifted != IGNORE).nonzero(as_tuple=True)
+    if not len(row):
+        raise ValueError("no label differs from -100, so there is no position to measure")
+    return row, column, shifted[row, column]
+
+
+def counted_log_p(model: nn.Module, batch: Batch, forward: Forward) -> tuple[Tensor, Tensor]:
+    """Log-probabilities [N, V] at the counted positions, in float32 at least, and the tokens [N] that stand there."""
+    row, column, targets = counted(batch["labels"])
+    return torch.log_softmax(at_least_fp32(forward(model, batch)[row, column]), -1), targets
+
+
+def summed_nll(model: nn.Module, batch: Batch, forward: Forward) -> Tensor:
+    """Sum of −log p over the counted tokens."""
+    log_p, targets = counted_log_p(model, batch, forward)
+    return nn.functional.nll_loss(log_p, targets, reduction="sum")
+
+
+@contextmanager
+def headless(head: nn.Module) -> Iterator[None]:
+    """Inside the block the head hands its input through, so that a model's "logits" are the states before it."""
+    kept = head.__dict__.get("forward")
+    head.forward = lambda x, *_: x
+    try:
+        yield
+    finally:
+        if kept is None:
+            del head.forward
+        else:
+            head.forward = kept
