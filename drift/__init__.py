@@ -6,13 +6,14 @@ tensors. Imports torch, numpy, safetensors and pyarrow only; transformers is nee
 
 from typing import Any
 
-from drift import adapters, fisher, lowrank, names, schedules
+from drift import adapters, decompose, fisher, lowrank, names, schedules
 from drift.alignment import AlignmentProbe, GradientGram, gradient_gram
 from drift.check import CheckReport, check
 from drift.divergence import RowDivergences, TokenDivergences, token_divergences
 from drift.divergence_probe import DivergenceProbe, store_base
 from drift.recorder import Probe, Recorder, record
 from drift.reference import Reference
+from drift.sketch import Sketch, Sketches
 from drift.sources import SourceAlignment, SourceGradients, release
 from drift.style import STYLE_FEATURES, StyleComparison, StyleProbe, compare_styles, style_distance, style_features, style_matrix
 from drift.table import Recording, Row, load
@@ -20,8 +21,8 @@ from drift.weights import ParameterDrift, parameter_drift
 
 __all__ = [
     "STYLE_FEATURES", "AlignmentProbe", "CheckReport", "DivergenceProbe", "DriftCallback", "GradientGram", "ParameterDrift",
-    "Probe", "Recorder", "Recording", "Reference", "Row", "RowDivergences", "SourceAlignment", "SourceGradients",
-    "StyleComparison", "StyleProbe", "TokenDivergences", "adapters", "check", "compare_styles", "fisher", "gradient_gram",
+    "Probe", "Recorder", "Recording", "Reference", "Row", "RowDivergences", "Sketch", "Sketches", "SourceAlignment", "SourceGradients",
+    "StyleComparison", "StyleProbe", "TokenDivergences", "adapters", "check", "compare_styles", "decompose", "fisher", "gradient_gram",
     "load", "lowrank", "names", "parameter_drift", "record", "release", "schedules", "store_base", "style_distance",
     "style_features", "style_matrix", "token_divergences",
 ]

@@ -266,7 +266,7 @@ def test_a_full_disk_leaves_the_earlier_recordings_readable(tmp_path: Path, monk
 
 def test_reading_a_folder_without_a_recording_says_so(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="nothing is recorded under"):
-        drift.load(tmp_path).table
+        drift.load(tmp_path)
 
 
 def test_importing_drift_does_not_import_transformers() -> None:

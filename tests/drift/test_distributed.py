@@ -1,0 +1,91 @@
+"""Two gloo processes give the numbers of one: DDP and FSDP2."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.multiprocessing import spawn
+from torch.nn.parallel import DistributedDataParallel
+
+import drift
+from drift import source_collector
+from drift.names import parameters
+from tests.drift import families, zoo
+
+TAGS = torch.tensor([0, 1, 1, 0, 0, 1, 1, 0])
+STEPS = 2
+
+
+def _batch() -> dict[str, torch.Tensor]:
+    batch = zoo.batch(rows=8, vocabulary=families.V)
+    batch["attention_mask"][:] = 1  # equal token counts: a mean of the processes' means is the mean of all
+    batch["labels"][:, 2:] = batch["input_ids"][:, 2:]
+    return batch
+
+
+def _train(model: nn.Module, batch: dict[str, torch.Tensor], tags: torch.Tensor, out: Path, *, accumulate: bool) -> None:
+    """Two steps of SGD with a recorder and the sources' gradients."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sources = drift.SourceGradients(model, ["task", "self"], accumulate=accumulate)
+    halves = [slice(0, len(tags) // 2), slice(len(tags) // 2, None)] if accumulate else [slice(None)]
+    with drift.record(model, out, probes=[sources], metrics=("l2", "rel", "max", "cos", "update")) as recorder:
+        for _ in range(STEPS):
+            for part in halves:
+                sources.tag(tags[part])
+                (model(**{k: v[part] for k, v in batch.items()}).loss / len(halves)).backward()
+            optimizer.step(), optimizer.zero_grad()
+            recorder.step()
+
+
+def _work(rank: int, folder: str, port: int) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    mine = slice(4 * rank, 4 * rank + 4)
+    batch, tags = {k: v[mine] for k, v in _batch().items()}, TAGS[mine]
+    for kind in ("ddp", "fsdp2", "ddp-at-once", "ddp-accumulated"):
+        source_collector.SMALL = 0 if kind == "ddp-at-once" else 2**16
+        model = families.make("llama", torch.float32)
+        if kind == "fsdp2":
+            for layer in model.model.layers:
+                fully_shard(layer)
+            fully_shard(model)
+        else:
+            model = DistributedDataParallel(model)
+        _train(model, batch, tags, Path(folder) / kind, accumulate=kind.endswith("accumulated"))
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("distributed")
+    # Each process deals its own rows to folds; with these tags one process deals all of them alike.
+    _train(families.make("llama", torch.float32), _batch(), TAGS, folder / "one", accumulate=False)
+    spawn(_work, args=(str(folder), 20_000 + os.getpid() % 20_000), nprocs=2)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2", "ddp-at-once", "ddp-accumulated"])
+def test_two_processes_give_the_numbers_of_one(runs: Path, kind: str) -> None:
+    def keyed(out: Path) -> dict[tuple, float]:
+        return {(r["step"], r["metric"], r["layer"], r["module"], r["source"]): r["value"] for r in drift.load(out).table.to_pylist()}
+
+    one, two = keyed(runs / "one"), keyed(runs / kind)
+    assert one.keys() == two.keys()
+    names = set(parameters(families.make("llama")))
+    assert {m for _, _, _, m, _ in two} >= names
+    scale = {metric: max(abs(v) for (_, m, *_), v in one.items() if m == metric and np.isfinite(v)) for metric in {k[1] for k in one}}
+    for key, value in one.items():
+        if "cos" in key[1] and key[1].startswith("align/"):
+            continue  # ratios of small numbers: their parts are compared
+        assert two[key] == pytest.approx(value, rel=1e-3, abs=1e-4 * scale[key[1]], nan_ok=True), key
+
+
+def test_the_first_process_alone_writes(runs: Path) -> None:
+    meta = drift.load(runs / "fsdp2").meta
+    assert meta["recordings"] == STEPS + 1 and meta["coverage"]["sources"]["covered"] == 1.0
