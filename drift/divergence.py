@@ -5,8 +5,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from drift.numerics import at_least_fp32
-
 _HUGE = 1e30  # stands for −log 0
 _CHUNK = 128  # positions whose [chunk, V] log-probabilities are in memory at once
 
@@ -26,6 +24,14 @@ class Projected:
     @property
     def shape(self) -> torch.Size:
         return torch.Size((len(self.hidden), len(self.weight)))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.hidden.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.hidden.device
 
     def __getitem__(self, positions: slice) -> Tensor:
         return torch.nn.functional.linear(self.hidden[positions], self.weight, self.bias)
@@ -83,29 +89,47 @@ def token_divergences(base: Logits, model: Logits, targets: Tensor) -> TokenDive
     if base.shape != model.shape or len(base.shape) != 2 or targets.shape != base.shape[:1]:
         raise ValueError(f"base and model must be [N, V] and targets [N], got {tuple(base.shape)}, {tuple(model.shape)} "
                          f"and {tuple(targets.shape)}")
-    parts = [_chunk(base[i : i + _CHUNK], model[i : i + _CHUNK], targets[i : i + _CHUNK]) for i in range(0, base.shape[0], _CHUNK)]
-    if not parts:
+    n, v = base.shape
+    if n == 0:
         raise ValueError("there is no position to compare (N = 0)")
+    wide = torch.promote_types(torch.promote_types(base.dtype, model.dtype), torch.float32)
+    # The same five blocks serve every chunk: fresh memory is slow to come by, and its remains pile up in the allocator.
+    scratch = torch.empty(5, min(n, _CHUNK), v, dtype=wide, device=model.device)
+    chunks = (slice(i, min(n, i + _CHUNK)) for i in range(0, n, _CHUNK))
+    parts = [_chunk(base, model, targets.to(model.device), chunk, scratch) for chunk in chunks]
     return TokenDivergences(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
-def _chunk(base: Tensor, model: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-    wide = torch.promote_types(base.dtype, model.dtype)
-    log_p, log_q = _log_softmax(base.to(model.device, wide)), _log_softmax(model.to(wide))
-    y = targets.to(model.device).unsqueeze(-1)
+def _chunk(base: Logits, model: Logits, targets: Tensor, chunk: slice, scratch: Tensor) -> tuple[Tensor, ...]:
+    log_p, log_q, p, q, other = scratch[:, : chunk.stop - chunk.start]
+    _log_softmax(base, chunk, other, log_p)
+    _log_softmax(model, chunk, other, log_q)
+    y = targets[chunk].unsqueeze(-1)
     nll_base, nll_model = (-log.gather(-1, y).squeeze(-1) for log in (log_p, log_q))
     log_p.clamp_(min=-_HUGE), log_q.clamp_(min=-_HUGE)  # 0 · log 0 is then 0
-    p, q = log_p.exp(), log_q.exp()
+    torch.exp(log_p, out=p), torch.exp(log_q, out=q)
     entropy_base, entropy_model = -_dot(p, log_p), -_dot(q, log_q)
     cut_by_model, cut_by_base = _excluded(p, log_q), _excluded(q, log_p)
     d = log_p.sub_(log_q)
     # Σ(q − p) is 0 but for the rounding of both normalisers, which Σ p d carries in full: adding it takes that error out of
     # the KL. (With KL = 1e-7 it is several times the KL.) q − p without cancellation: sign(d) max(p, q) (e^−|d| − 1).
-    slack = d.abs().neg_().expm1_().mul_(torch.maximum(p, q)).mul_(d.sign()).sum(-1)
+    terms = torch.abs(d, out=other).neg_().expm1_().mul_(torch.maximum(p, q, out=log_q))
+    slack = terms.mul_(torch.sign(d, out=log_q)).sum(-1)
     # Rounding can leave a KL of equal distributions a hair below 0, which no KL is.
     forward = (_dot(p, d) + slack).clamp(min=0).masked_fill(cut_by_model, torch.inf)
     reverse = (-_dot(q, d) - slack).clamp(min=0).masked_fill(cut_by_base, torch.inf)
     return forward, reverse, entropy_base, entropy_model, nll_base, nll_model
+
+
+def _log_softmax(logits: Logits, chunk: slice, space: Tensor, out: Tensor) -> None:
+    """Log-probabilities of some positions into ``out``; ``space`` is of its shape and takes formed logits."""
+    if isinstance(logits, Projected) and logits.dtype == space.dtype and logits.device == space.device:
+        formed = torch.mm(logits.hidden[chunk], logits.weight.T, out=space)
+        if logits.bias is not None:
+            formed += logits.bias
+    else:
+        formed = logits[chunk].to(space.device, space.dtype)
+    torch.log_softmax(formed, -1, out=out)
 
 
 def _dot(x: Tensor, y: Tensor) -> Tensor:
@@ -114,11 +138,10 @@ def _dot(x: Tensor, y: Tensor) -> Tensor:
 
 def _excluded(weight: Tensor, log: Tensor) -> Tensor:
     """Where a token has weight here and none there."""
-    return ((weight > 0) & (log <= -_HUGE)).any(-1)
-
-
-def _log_softmax(logits: Tensor) -> Tensor:
-    return torch.log_softmax(at_least_fp32(logits), dim=-1)
+    cut = log.amin(-1) <= -_HUGE
+    if bool(cut.any()):
+        cut = ((weight > 0) & (log <= -_HUGE)).any(-1)
+    return cut
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,8 @@ def norm(a: Tensor, b: Tensor, scaling: float = 1.0, a0: Tensor | None = None, b
     """
     if a0 is not None or b0 is not None:
         return torch.linalg.vector_norm(spectrum(a, b, scaling, a0, b0))
-    return abs(scaling) * inner(a, b, a, b).clamp(min=0).sqrt()
+    a, b = joined(a, b)
+    return abs(scaling) * ((b.T @ b) * (a @ a.T)).sum().clamp(min=0).sqrt()
 
 
 def inner(a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor) -> Tensor:
