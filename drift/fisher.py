@@ -237,7 +237,7 @@ class _Factors(UseCollector):
     def process(self, name: str, uses: Sequence[Use]) -> None:
         if name not in self.names or len(uses) > 1 or not isinstance(uses[0], Dense):
             return
-        left = uses[0].split.sort(uses[0].left)
+        left = uses[0].left
         kept = left.any(1)  # positions that no label reaches, padding above all, say nothing of the inputs either
         left, right = at_least_fp32(left[kept]), at_least_fp32(uses[0].right[kept])
         s, a = left.T @ left, right.T @ right

@@ -1,6 +1,6 @@
 """Which group every token of a batch belongs to, for tensors of whatever shape a layer makes of that batch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
@@ -9,19 +9,33 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Split:
-    """A flat list of N vectors in G groups: ``order`` [N] sorts them by group (None: they are sorted), ``bounds`` [G + 1]."""
+    """A flat list of N vectors in G groups: ``order`` [N] sorts them by group (None: they are sorted), ``bounds`` [G + 1].
+
+    ``run``: so many vectors always follow each other (those of a row, where whole rows are in a group).
+    """
 
     order: Tensor | None
     bounds: tuple[int, ...]
+    run: int = 1
+    _on_device: dict[torch.device, Tensor] = field(default_factory=dict)
 
-    def sort(self, x: Tensor) -> Tensor:
-        """``x`` [N, ...] with every group's vectors side by side."""
-        return x if self.order is None else x.index_select(0, self.order.to(x.device))
+    def sort(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """``x`` [N, ...] with every group's vectors side by side, in ``out`` if they have to be moved."""
+        return x if self.order is None else torch.index_select(x, 0, self._order(x.device), out=out)
+
+    def _order(self, device: torch.device) -> Tensor:
+        if device not in self._on_device:  # a copy makes the host wait for the device
+            self._on_device[device] = self.order.to(device)
+        return self._on_device[device]
 
     def sums(self, x: Tensor) -> Tensor:
-        """Sum of ``x`` [N, n] over each group, [G, n]."""
-        x = self.sort(x)
-        return torch.stack([x[low:high].sum(0) for low, high in pairwise(self.bounds)])
+        """Sum of ``x`` [N, n] over each group, [G, n], in float32 at least."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        if self.run > 1:
+            x = x.reshape(-1, self.run, x.shape[-1]).sum(1, dtype=dtype)
+        if self.order is not None:
+            x = x.index_select(0, self._order(x.device)[:: self.run] // self.run)
+        return torch.stack([x[low // self.run : high // self.run].sum(0, dtype=dtype) for low, high in pairwise(self.bounds)])
 
 
 class Groups:
@@ -44,13 +58,13 @@ class Groups:
         lead = tuple(lead)
         if lead not in self._splits:
             flat = self._flat(lead)
-            self._splits[lead] = None if flat is None else self._sorted(flat)
+            self._splits[lead] = None if flat is None else self._sorted(flat, len(flat) // len(self.index) if self._by_row else 1)
         return self._splits[lead]
 
-    def _sorted(self, flat: Tensor) -> Split:
+    def _sorted(self, flat: Tensor, run: int) -> Split:
         counts = torch.bincount(flat, minlength=self.n)
         order = None if bool((flat[1:] >= flat[:-1]).all()) else flat.argsort(stable=True)
-        return Split(order, tuple([0, *counts.cumsum(0).tolist()]))
+        return Split(order, tuple([0, *counts.cumsum(0).tolist()]), run)
 
     def _flat(self, lead: tuple[int, ...]) -> Tensor | None:
         """Group of each of ``prod(lead)`` vectors. Batches are taken to be batch-first, as everywhere in transformers."""

@@ -76,7 +76,7 @@ class _Tap:
         return self
 
     def dense(self, left: Tensor, right: Tensor) -> Tensor | None:
-        return self.collector.collect(self.name, Dense(left, self.split.sort(right), self.split))
+        return self.collector.collect(self.name, Dense(left, right, self.split))
 
     def vectors(self, per_token: Tensor) -> Tensor | None:
         return self.collector.collect(self.name, Formed(self.split.sums(per_token)))

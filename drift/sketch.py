@@ -155,6 +155,6 @@ class _Projections(UseCollector):
         if isinstance(use, Sparse):
             lefts = nn.functional.one_hot(use.ids, self.shapes[name][0]).to(rights.dtype) if left is None else left.T[use.ids].to(rights.dtype)
         else:
-            lefts = _times(left, use.split.sort(use.left).T).T
+            lefts, rights = use.split.sort(_times(left, use.left.T).T), use.split.sort(rights)
         bounds = use.bounds
         return torch.stack([lefts[low:high].T @ rights[low:high] for low, high in zip(bounds, bounds[1:], strict=False)])

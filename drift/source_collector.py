@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from drift.adapters import adapters
 from drift.lowrank import induced_gram
 from drift.numerics import squared_norm
-from drift.uses import BLOCK, Formed, Sparse, Use, blocks, gram
+from drift.uses import Formed, Scratch, Sparse, Use, blocks, gram
 
 Gram = NDArray[np.float64]
 SGD, ADAM, LORA = "sgd", "adam", "lora"
@@ -46,9 +46,10 @@ class SourceCollector:
     """
 
     def __init__(self, model: nn.Module, trained: Mapping[str, nn.Parameter], n_sources: int, folds: int, *, untagged: bool,
-                 accumulate: bool, optimizer: torch.optim.Optimizer | None, process_group: dist.ProcessGroup | None, watch: bool) -> None:
+                 accumulate: bool, optimizer: torch.optim.Optimizer | None, process_group: dist.ProcessGroup | None, scratch: Scratch,
+                 watch: bool) -> None:
         self.n_sources, self.folds, self.accumulate = n_sources, folds, accumulate
-        self.optimizer, self.process_group = optimizer, process_group
+        self.optimizer, self.process_group, self._scratch = optimizer, process_group, scratch
         self.n_real = n_sources * folds
         self.n_groups = self.n_real + int(self.accumulate or untagged)  # the last is nobody's
         self.units = torch.zeros(self.n_real, dtype=torch.int64)
@@ -62,7 +63,6 @@ class SourceCollector:
         self._trained = trained
         self._adapters = [a.copy() for a in adapters(model)]
         self._true: dict[str, list[Tensor]] = {}  # squared norms of what autograd gives to a parameter
-        self._workspace: Tensor | None = None
         self._watches = [p.register_hook(lambda g, n=n: self._true.setdefault(n, []).append(squared_norm(g)))
                          for n, p in trained.items()] if watch else []
 
@@ -102,9 +102,7 @@ class SourceCollector:
         ids = torch.cat(expected.ids).unique() if expected.ids and at_once else None
         head_rows = None if ids is None else use.left.new_empty(self.n_groups, len(ids), use.right.shape[1])
         grad = use.left.new_empty(use.left.shape[1], use.right.shape[1])
-        if self._workspace is None or self._workspace.dtype != use.left.dtype:
-            self._workspace = use.left.new_empty(BLOCK)
-        for rows, parts in blocks([use], self._workspace):
+        for rows, parts in blocks([use], self._scratch):
             torch.sum(parts, 0, out=grad[rows])
             if not at_once:
                 self._keep(name, parts, rows, shape=grad.shape)

@@ -27,6 +27,7 @@ from drift.names import layer_index, parameters
 from drift.schedules import Schedule, schedule
 from drift.source_collector import SGD, SourceCollector
 from drift.table import Row
+from drift.uses import Scratch
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ class SourceGradients:
 
     Exact for tokens of different sources that do not attend to each other: rows of a batch, or packed rows under a
     block-diagonal mask. Cost: the products of the gradients, S·F·(S·F + 1)/(6N) of a layer's work at N tokens, and memory
-    for :data:`drift.uses.BLOCK` numbers. Under torch.distributed gradients are averaged over the processes before the products
+    for :data:`drift.uses.BLOCK` numbers and a layer's input. Under torch.distributed gradients are averaged over the processes before the products
     (S·F times the gradient's traffic, at the steps that measure).
 
     >>> model = nn.Linear(2, 1, bias=False)
@@ -156,6 +157,7 @@ class SourceGradients:
         self._open = False
         self._collector: SourceCollector | None = None
         self._interceptor = Interceptor(model)
+        self._scratch = Scratch()
         self._handles: list[Any] = []
         self._checked = False
         self.coverage: dict[str, Any] = {}
@@ -228,7 +230,7 @@ class SourceGradients:
     def _begin(self, *, untagged: bool) -> None:
         self._collector = SourceCollector(
             self.model, {n: p for n, p in self._parameters.items() if p.requires_grad}, len(self.sources), self.folds,
-            untagged=untagged, accumulate=self.accumulate, optimizer=self.optimizer, process_group=self._process_group,
+            untagged=untagged, accumulate=self.accumulate, optimizer=self.optimizer, process_group=self._process_group, scratch=self._scratch,
             watch=not (self._checked or self._process_group or self.accumulate))
         self._interceptor.attach(self._collector)
 

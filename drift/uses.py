@@ -5,8 +5,9 @@ tokens of one group at a time costs what the plain product costs. Groups' gradie
 weight at a time, so that they never take more than a few megabytes.
 """
 
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -18,9 +19,24 @@ from drift.numerics import at_least_fp32
 BLOCK = 2**22  # numbers of all groups' gradients that are in memory at once
 
 
+class Scratch:
+    """Memory that is used over and over again: fresh memory is slow, because the system hands it out page by page."""
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+
+    def take(self, purpose: str, shape: Sequence[int], like: Tensor) -> Tensor:
+        """A contiguous tensor with whatever was left in it; valid until the next call for the same ``purpose``."""
+        key, numel = (purpose, like.dtype, like.device), math.prod(shape)
+        held = self._held.get(key)
+        if held is None or held.numel() < numel:
+            held = self._held[key] = like.new_empty(numel)
+        return held[:numel].view(shape)
+
+
 @dataclass(frozen=True)
 class Dense:
-    """Gradient :math:`l^T r` of ``left`` [N, m], as its layer has it, and ``right`` [N, n], sorted by ``split``."""
+    """Gradient :math:`l^T r` of ``left`` [N, m] and ``right`` [N, n], as their layer has them; ``split`` sorts them."""
 
     left: Tensor
     right: Tensor
@@ -30,14 +46,19 @@ class Dense:
     def bounds(self) -> tuple[int, ...]:
         return self.split.bounds
 
-    def add_to(self, out: Tensor, start: int, *, fresh: bool) -> None:
+    def add_to(self, out: Tensor, start: int, scratch: Scratch, *, fresh: bool) -> None:
         """Add rows ``start`` on of every group's gradient to ``out`` [G, rows, n] (``fresh``: write, not add)."""
-        columns = self.split.sort(self.left[:, start : start + out.shape[1]])
+        columns = self.left[:, start : start + out.shape[1]]
+        columns = self.split.sort(columns, scratch.take("left", columns.shape, columns))
         for group, (low, high) in enumerate(pairwise(self.bounds)):
             if fresh:
                 torch.mm(columns[low:high].T, self.right[low:high], out=out[group])
             else:
                 out[group].addmm_(columns[low:high].T, self.right[low:high])
+
+    def sorted(self, scratch: Scratch, purpose: str) -> "Dense":
+        """The same with ``right`` sorted by group, as :meth:`add_to` needs it."""
+        return replace(self, right=self.split.sort(self.right, scratch.take(purpose, self.right.shape, self.right)))
 
     def squared(self) -> "Dense":
         """The same of squared entries: sums over single tokens' squared gradients."""
@@ -57,7 +78,7 @@ class Sparse:
         counts = torch.tensor([high - low for low, high in pairwise(self.bounds)], device=self.ids.device)
         return torch.repeat_interleave(torch.arange(len(counts), device=self.ids.device), counts)
 
-    def add_to(self, out: Tensor, start: int, *, fresh: bool) -> None:
+    def add_to(self, out: Tensor, start: int, scratch: Scratch, *, fresh: bool) -> None:
         """As :meth:`Dense.add_to`."""
         if fresh:
             out.zero_()
@@ -92,12 +113,11 @@ class Formed:
 Use = Dense | Sparse | Formed
 
 
-def blocks(uses: Sequence[Use], workspace: Tensor | None = None) -> Iterator[tuple[slice | Tensor, Tensor]]:
+def blocks(uses: Sequence[Use], scratch: Scratch | None = None) -> Iterator[tuple[slice | Tensor, Tensor]]:
     """(rows of the weight, every group's gradient there [G, rows, n]) block by block; each tensor is valid until the next.
 
     Rows are a slice, or a tensor of row numbers for embeddings (rows that no token uses are left out: 0). ``uses`` are all the
-    uses of one parameter; their gradients are added before anything is yielded. ``workspace``: a flat tensor of ``BLOCK`` numbers to
-    form them in (fresh memory is slow: the system hands it out page by page).
+    uses of one parameter; their gradients are added before anything is yielded. ``scratch``: memory to form them in.
     """
     formed = [use.parts for use in uses if isinstance(use, Formed)]
     if formed:
@@ -115,16 +135,14 @@ def blocks(uses: Sequence[Use], workspace: Tensor | None = None) -> Iterator[tup
             kept = [(use, (use.ids >= chunk[0]) & (use.ids <= chunk[-1])) for use in uses]
             yield chunk, sum(_part(use, here).at(chunk) for use, here in kept)
         return
-    ordered = [*dense, *(use for use in uses if isinstance(use, Sparse))]
+    scratch = Scratch() if scratch is None else scratch
+    ordered = [*(use.sorted(scratch, f"right {i}") for i, use in enumerate(dense)), *(use for use in uses if isinstance(use, Sparse))]
     m = dense[0].left.shape[1]
-    size = n_groups * min(step, m) * n
-    fits = workspace is not None and workspace.numel() >= size and workspace.dtype == dense[0].left.dtype
-    memory = workspace if fits and workspace.device == dense[0].left.device else dense[0].left.new_empty(size)
     for start in range(0, m, step):
         rows = min(step, m - start)
-        out = memory[: n_groups * rows * n].view(n_groups, rows, n)
+        out = scratch.take("parts", (n_groups, rows, n), dense[0].left)
         for use in ordered:
-            use.add_to(out, start, fresh=use is ordered[0])
+            use.add_to(out, start, scratch, fresh=use is ordered[0])
         yield slice(start, start + rows), out
 
 

@@ -61,16 +61,17 @@ def test_split_by_source_at_every_step(benchmark, model, long_batch) -> None:
     assert flops <= 1.01 and ratio <= 1.15
 
 
-def test_steps_off_the_schedule(benchmark, model, long_batch) -> None:
-    """With ``every=10`` nine steps of ten are these."""
+def test_steps_off_the_schedule(benchmark, model) -> None:
+    """With ``every=10`` nine steps of ten are these. What they cost does not depend on the batch, so a small one shows it best."""
+    batch = random_batch(16, 16)
     with drift.SourceGradients(model, ["task", "self"], every=10**9) as sources:
 
         def unmeasured() -> None:
             sources.tag(TAGS)
-            step(model, long_batch)
+            step(model, batch)
             assert sources.step() is None
 
-        ratio = compare_in_turn(benchmark, unmeasured, lambda: step(model, long_batch), "the bare pass")
+        ratio = compare_in_turn(benchmark, unmeasured, lambda: step(model, batch), "the bare pass", rounds=15)
     assert ratio <= 1.02
 
 
@@ -160,10 +161,14 @@ def test_drift_of_135_million_parameters_from_files(benchmark, model, tmp_path: 
 
 
 def test_lora_norm_from_factors(benchmark) -> None:
+    """Forming the product is mostly waiting for fresh memory: 50 to 300 times as long, with huge pages and without."""
     a, b = torch.randn(16, 4096), torch.randn(4096, 16)
-    ratio = compare(benchmark, lambda: drift.lowrank.norm(a, b), lambda: (b.double() @ a.double()).norm(), "the norm of the formed product, as exact")
-    print(f"the product formed in float32: {median(lambda: (b @ a).norm()):.3g} s, {float(abs((b @ a).norm() / drift.lowrank.norm(a, b) - 1)):.0e} off")
-    assert ratio <= 0.01
+    ratio = compare(benchmark, lambda: drift.lowrank.norm(a, b), lambda: (b.double() @ a.double()).norm(),
+                    "the norm of the formed product, as exact", rounds=30)
+    single = median(lambda: (b @ a).norm(), 30)
+    off = float(abs((b @ a).norm() / drift.lowrank.norm(a, b) - 1))
+    print(f"the product formed in float32: {single:.3g} s, {off:.0e} off; {benchmark.stats.stats.median / single:.3g} x that")
+    assert ratio <= 0.02
 
 
 # --- predictions --------------------------------------------------------------------------------------------------

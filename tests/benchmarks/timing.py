@@ -50,27 +50,26 @@ def report(benchmark, ratio: float, seconds: float, plain_seconds: float, what: 
     print(f"\n{benchmark.name}: {seconds:.3g} s, {ratio:.3g} x {what} ({plain_seconds:.3g} s)")
 
 
-def compare(benchmark, function: Callable[[], object], plain: Callable[[], object], what: str) -> float:
+def compare(benchmark, function: Callable[[], object], plain: Callable[[], object], what: str, rounds: int = ROUNDS) -> float:
     """Time ``function`` with pytest-benchmark and ``plain`` beside it; returns the ratio of the medians."""
-    plain_seconds = median(plain)
-    benchmark.pedantic(function, rounds=ROUNDS, warmup_rounds=1)
+    plain_seconds = median(plain, rounds)
+    benchmark.pedantic(function, rounds=rounds, warmup_rounds=1)
     ratio = benchmark.stats.stats.median / plain_seconds
     report(benchmark, ratio, benchmark.stats.stats.median, plain_seconds, what)
     return ratio
 
 
 def compare_in_turn(benchmark, function: Callable[[], object], plain: Callable[[], object], what: str, rounds: int = 5) -> float:
-    """As :func:`compare`, the two in turn, and the median of the pairs' ratios: for differences below the machine's own drift."""
+    """As :func:`compare`, in pairs, each way first in turn, and the median of the pairs' ratios: for differences below the machine's own drift."""
     function(), plain()
     ratios, plain_times, times = [], [], []
 
     def timed() -> None:
-        start = time.perf_counter()
-        plain()
-        middle = time.perf_counter()
-        function()
-        plain_times.append(middle - start)
-        times.append(time.perf_counter() - middle)
+        pair = [(function, times), (plain, plain_times)]
+        for call, found in pair if len(ratios) % 2 else reversed(pair):
+            start = time.perf_counter()
+            call()
+            found.append(time.perf_counter() - start)
         ratios.append(times[-1] / plain_times[-1])
 
     benchmark.pedantic(timed, rounds=rounds)

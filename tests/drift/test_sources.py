@@ -71,7 +71,6 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None
     if request.param == "block by block":
         monkeypatch.setattr(source_collector, "SMALL", 0)
         monkeypatch.setattr(uses_module, "BLOCK", 60)
-        monkeypatch.setattr(source_collector, "BLOCK", 60)
 
 
 @pytest.mark.usefixtures("way")
