@@ -53,6 +53,19 @@ def test_gram_is_that_of_one_backward_pass_a_row(kind) -> None:
     agree(gradient_gram(model, batch, forward=zoo.forward), brute(model, batch, zoo.forward))
 
 
+def test_gram_is_that_of_torchjd() -> None:
+    """A second opinion: the Gramian of the rows' losses, over all parameters together."""
+    autogram = pytest.importorskip("torchjd.autogram")
+    model, batch = zoo.make(zoo.Norms), zoo.batch()
+    ours = gradient_gram(model, batch, forward=zoo.forward)
+    model = zoo.make(zoo.Norms)
+    log_p = torch.log_softmax(model(batch["input_ids"])[:, :-1], -1)
+    labels = batch["labels"][:, 1:]
+    losses = nn.functional.nll_loss(log_p.transpose(1, 2), labels, ignore_index=-100, reduction="none").sum(1)
+    theirs = autogram.Engine(model, batch_dim=0).compute_gramian(losses)
+    np.testing.assert_allclose(sum(ours.per_parameter.values()), theirs.detach().numpy(), rtol=1e-9)
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_gram_of_a_llama(tied: bool) -> None:
     model, batch = zoo.llama(tied=tied).double(), zoo.batch(vocabulary=32)
