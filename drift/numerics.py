@@ -88,8 +88,14 @@ def moments(x: Tensor, y: Tensor) -> Moments:
     for a, b in _pairs(x, y):
         b = at_least_fp32(b.to(x.device, non_blocking=True))
         d = at_least_fp32(a) - b
-        total += torch.stack([_sum(d * d), _sum(d * b), _sum(b * b)])
-        largest = torch.maximum(largest, d.abs_().max().double())
+        whole = len(d) // _CHUNK * _CHUNK
+        if whole:
+            dd, bb = d[:whole].view(-1, _CHUNK), b[:whole].view(-1, _CHUNK)
+            total += torch.stack([(dd * dd).sum(1), (dd * bb).sum(1), (bb * bb).sum(1)]).double().sum(1)
+        if whole < len(d):
+            dd, bb = d[whole:].double(), b[whole:].double()
+            total += torch.stack([dd @ dd, dd @ bb, bb @ bb])
+        largest = torch.maximum(largest, torch.stack(torch.aminmax(d)).abs_().max().double())
     return Moments(*total.unbind(), largest)
 
 

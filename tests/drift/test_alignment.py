@@ -58,11 +58,11 @@ def test_gram_is_that_of_torchjd() -> None:
     autogram = pytest.importorskip("torchjd.autogram")
     model, batch = zoo.make(zoo.Norms), zoo.batch()
     ours = gradient_gram(model, batch, forward=zoo.forward)
-    model = zoo.make(zoo.Norms)
+    engine = autogram.Engine(model, batch_dim=0)
     log_p = torch.log_softmax(model(batch["input_ids"])[:, :-1], -1)
     labels = batch["labels"][:, 1:]
     losses = nn.functional.nll_loss(log_p.transpose(1, 2), labels, ignore_index=-100, reduction="none").sum(1)
-    theirs = autogram.Engine(model, batch_dim=0).compute_gramian(losses)
+    theirs = engine.compute_gramian(losses)
     np.testing.assert_allclose(sum(ours.per_parameter.values()), theirs.detach().numpy(), rtol=1e-9)
 
 
