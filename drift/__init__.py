@@ -6,7 +6,7 @@ tensors. Imports torch, numpy, safetensors and pyarrow only; transformers is nee
 
 from typing import Any
 
-from drift import adapters, decompose, fisher, lowrank, names, schedules
+from drift import adapters, alignment, decompose, divergence, fisher, lowrank, names, schedules, style
 from drift.alignment import AlignmentProbe, GradientGram, gradient_gram
 from drift.check import CheckReport, check
 from drift.divergence import RowDivergences, TokenDivergences, token_divergences
@@ -22,9 +22,9 @@ from drift.weights import ParameterDrift, parameter_drift
 __all__ = [
     "STYLE_FEATURES", "AlignmentProbe", "CheckReport", "DivergenceProbe", "DriftCallback", "GradientGram", "ParameterDrift",
     "Probe", "Recorder", "Recording", "Reference", "Row", "RowDivergences", "Sketch", "Sketches", "SourceAlignment", "SourceGradients",
-    "StyleComparison", "StyleProbe", "TokenDivergences", "adapters", "check", "compare_styles", "decompose", "fisher", "gradient_gram",
-    "load", "lowrank", "names", "parameter_drift", "record", "release", "schedules", "store_base", "style_distance",
-    "style_features", "style_matrix", "token_divergences",
+    "StyleComparison", "StyleProbe", "TokenDivergences", "adapters", "alignment", "check", "compare_styles", "decompose", "divergence", "fisher",
+    "gradient_gram", "load", "lowrank", "names", "parameter_drift", "record", "release", "schedules", "store_base", "style",
+    "style_distance", "style_features", "style_matrix", "token_divergences",
 ]
 
 

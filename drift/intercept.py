@@ -56,9 +56,10 @@ class UseCollector:
         raise NotImplementedError
 
     def close(self) -> None:
-        """Process what still waits for uses that took no part in the loss."""
+        """Process what still waits for uses that took no part in the loss; the next forward pass announces its own."""
         for name in list(self._uses):
             self.process(name, self._uses.pop(name))
+        self._expected.clear()
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class _Tap:
         return self
 
     def dense(self, left: Tensor, right: Tensor) -> Tensor | None:
-        return self.collector.collect(self.name, Dense(left, right, self.split))
+        return self.collector.collect(self.name, Dense(left.detach(), right.detach(), self.split))
 
     def vectors(self, per_token: Tensor) -> Tensor | None:
         return self.collector.collect(self.name, Formed(self.split.sums(per_token)))

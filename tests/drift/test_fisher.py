@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import drift
 from drift import fisher
+from drift.intercept import UseCollector
 from drift.names import parameters
 from tests.drift import families, zoo
 
@@ -72,6 +73,16 @@ def test_squares_are_those_of_one_backward_pass_a_row(family: str, monkeypatch: 
     for name, (u, v) in margins.factors.items():
         torch.testing.assert_close(u, expected[name].sum(1), rtol=1e-5, atol=1e-9)
         torch.testing.assert_close(u.sum() * v, expected[name].sum(0), rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", [zoo.Base, zoo.Tied, zoo.Reused], ids=lambda k: k.__name__)
+def test_every_layer_is_let_go_within_its_backward_pass(kind, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the inputs of all layers would be held at once, from the second batch or draw on."""
+    waiting = []
+    close = UseCollector.close
+    monkeypatch.setattr(UseCollector, "close", lambda self: (waiting.append(len(self._uses)), close(self)))
+    fisher.diagonal(zoo.make(kind), [small_batch()] * 2, samples=2, forward=zoo.forward)
+    assert waiting == [0, 0, 0, 0]
 
 
 def test_the_token_estimator_is_exact_where_positions_do_not_mix() -> None:
