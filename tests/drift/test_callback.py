@@ -61,15 +61,86 @@ def test_training_is_the_same_with_and_without(tmp_path: Path) -> None:
         assert torch.equal(a, b)
 
 
+class Sourced:
+    """A collator that adds whose each row is: even rows the task's."""
+
+    def __init__(self, collate=None) -> None:
+        self.collate = collate
+
+    def __call__(self, rows: list[dict]) -> dict:
+        own = [row.pop("source") for row in rows]
+        batch = self.collate(rows) if self.collate else {k: torch.stack([row[k] for row in rows]) for k in rows[0]}
+        return {**batch, "source": torch.tensor(own)}
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_gradients_of_sources_in_a_trainer(tmp_path: Path, passes: int) -> None:
+    """The products are those of a plain loop over the same batches, and the training is what it was."""
+    batch = zoo.batch(rows=8, vocabulary=32)
+    rows = Dataset.from_dict({**{k: v.tolist() for k, v in batch.items()}, "source": [0, 1] * 4}).with_format("torch")
+
+    def made(out: Path, model, *callbacks, **columns) -> Trainer:
+        return Trainer(model=model, train_dataset=rows.remove_columns([c for c in ["source"] if not callbacks]), callbacks=list(callbacks),
+                       data_collator=Sourced() if callbacks else None,
+                       args=TrainingArguments(str(out), **{**COMMON, "max_steps": 2, "per_device_train_batch_size": 8 // passes, "logging_steps": 1},
+                                              gradient_accumulation_steps=passes, remove_unused_columns=not callbacks))
+
+    model = zoo.llama()
+    sources = drift.SourceGradients(model, ["task", "self"], key="source", folds=1, accumulate=passes > 1)
+    watched, plain = made(tmp_path / "a", model, drift.DriftCallback(probes=[sources])), made(tmp_path / "b", zoo.llama())
+    watched.train(), plain.train()
+    for a, b in zip(watched.model.parameters(), plain.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    recording = drift.load(tmp_path / "a")
+    assert recording.meta["coverage"]["sources"]["covered"] == 1.0
+    start = zoo.llama().train()
+    loss = torch.nn.functional.cross_entropy(start(**batch).logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="none")
+    counted = (batch["labels"][:, 1:] != -100).sum()
+    gradients = [torch.cat([g.flatten() for g in torch.autograd.grad(loss.view(8, -1)[s::2].sum() / counted, list(start.parameters()), retain_graph=True)])
+                 for s in (0, 1)]
+    measured = recording.series("align/raw_inner", source="task|self")
+    assert list(measured.steps) == [1, 2]
+    assert measured.values[0] == pytest.approx(float(gradients[0].double() @ gradients[1].double()), rel=1e-3)
+
+
+def test_a_training_that_crashes_leaves_a_model_that_can_be_released(tmp_path: Path) -> None:
+    model = zoo.llama()
+    batch = zoo.batch(rows=8, vocabulary=32)
+    sources = drift.SourceGradients(model, ["task", "self"], key="source")
+
+    def broken(rows: list[dict]) -> dict:
+        raise OSError("the data are gone")
+
+    rows = Dataset.from_dict({k: v.tolist() for k, v in batch.items()}).with_format("torch")
+    t = Trainer(model=model, train_dataset=rows, data_collator=broken, callbacks=[drift.DriftCallback(probes=[sources])],
+                args=TrainingArguments(str(tmp_path), **COMMON))
+    with pytest.raises(OSError, match="the data are gone"):
+        t.train()
+    again = drift.SourceGradients(model, ["task", "self"])
+    with pytest.raises(RuntimeError, match=r"attached to this model already.*drift\.release"):
+        again.__enter__()
+    drift.release(model)
+    with again:
+        again.tag([0, 1] * 4)
+        model(**batch).loss.backward()
+        assert again.step().coverage == 1.0
+    assert not model._forward_pre_hooks
+
+
 def test_in_trl(tmp_path: Path) -> None:
-    rows = Dataset.from_list([{"messages": [{"role": "user", "content": f"Say {i}."}, {"role": "assistant", "content": "x" * i}]}
+    rows = Dataset.from_list([{"messages": [{"role": "user", "content": f"Say {i}."}, {"role": "assistant", "content": "x" * i}], "source": i % 2}
                               for i in range(1, 9)])
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(vocab_size=300, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
                                          num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True))
-    t = SFTTrainer(model=model, train_dataset=rows, processing_class=tokenizer(), callbacks=[drift.DriftCallback(every=3)],
-                   args=SFTConfig(output_dir=str(tmp_path), bf16=False, max_length=128, **COMMON))
+    sources = drift.SourceGradients(model, ["task", "self"], key="source")
+    t = SFTTrainer(model=model, train_dataset=rows, processing_class=tokenizer(), callbacks=[drift.DriftCallback(every=3, probes=[sources])],
+                   args=SFTConfig(output_dir=str(tmp_path), bf16=False, max_length=128, remove_unused_columns=False, **COMMON))
+    t.data_collator = Sourced(t.data_collator)
     t.train()
     assert sorted(drifts(tmp_path)) == [0, 3, 6] and drifts(tmp_path)[6] > drifts(tmp_path)[3] > 0
+    recording = drift.load(tmp_path)
+    assert list(recording.series("align/raw_cos", source="task|self").steps) == [3, 6]
+    assert recording.meta["coverage"]["sources"]["covered"] == 1.0

@@ -1,4 +1,4 @@
-"""Two gloo processes give the numbers of one: DDP and FSDP2."""
+"""Two gloo processes give the numbers of one: DDP, FSDP2 and Accelerate."""
 
 import os
 from pathlib import Path
@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.multiprocessing import spawn
@@ -19,6 +20,7 @@ from tests.drift import families, zoo
 
 TAGS = torch.tensor([0, 1, 1, 0, 0, 1, 1, 0])
 STEPS = 2
+KINDS = ("ddp", "fsdp2", "accelerate", "ddp-at-once", "ddp-accumulated")
 
 
 def _batch() -> dict[str, torch.Tensor]:
@@ -28,36 +30,42 @@ def _batch() -> dict[str, torch.Tensor]:
     return batch
 
 
-def _train(model: nn.Module, batch: dict[str, torch.Tensor], tags: torch.Tensor, out: Path, *, accumulate: bool) -> None:
+def _train(model: nn.Module, batch: dict[str, torch.Tensor], tags: torch.Tensor, out: Path, *, accumulate: bool,
+           accelerator: Accelerator | None = None) -> None:
     """Two steps of SGD with a recorder and the sources' gradients."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    backward = torch.Tensor.backward
+    if accelerator is not None:
+        model, optimizer = accelerator.prepare(model, optimizer)
+        backward = accelerator.backward
     sources = drift.SourceGradients(model, ["task", "self"], accumulate=accumulate)
     halves = [slice(0, len(tags) // 2), slice(len(tags) // 2, None)] if accumulate else [slice(None)]
     with drift.record(model, out, probes=[sources], metrics=("l2", "rel", "max", "cos", "update")) as recorder:
         for _ in range(STEPS):
             for part in halves:
                 sources.tag(tags[part])
-                (model(**{k: v[part] for k, v in batch.items()}).loss / len(halves)).backward()
+                backward(model(**{k: v[part] for k, v in batch.items()}).loss / len(halves))
             optimizer.step(), optimizer.zero_grad()
             recorder.step()
 
 
 def _work(rank: int, folder: str, port: int) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=2)
     mine = slice(4 * rank, 4 * rank + 4)
     batch, tags = {k: v[mine] for k, v in _batch().items()}, TAGS[mine]
-    for kind in ("ddp", "fsdp2", "ddp-at-once", "ddp-accumulated"):
+    for kind in KINDS:
         source_collector.SMALL = 0 if kind == "ddp-at-once" else 2**16
         model = families.make("llama", torch.float32)
         if kind == "fsdp2":
             for layer in model.model.layers:
                 fully_shard(layer)
             fully_shard(model)
-        else:
+        elif kind != "accelerate":
             model = DistributedDataParallel(model)
-        _train(model, batch, tags, Path(folder) / kind, accumulate=kind.endswith("accumulated"))
+        _train(model, batch, tags, Path(folder) / kind, accumulate=kind.endswith("accumulated"),
+               accelerator=Accelerator(cpu=True) if kind == "accelerate" else None)
     dist.destroy_process_group()
 
 
@@ -70,7 +78,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2", "ddp-at-once", "ddp-accumulated"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_two_processes_give_the_numbers_of_one(runs: Path, kind: str) -> None:
     def keyed(out: Path) -> dict[tuple, float]:
         return {(r["step"], r["metric"], r["layer"], r["module"], r["source"]): r["value"] for r in drift.load(out).table.to_pylist()}

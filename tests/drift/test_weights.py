@@ -4,6 +4,7 @@ import copy
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -222,7 +223,7 @@ def _own_memory() -> int:
 
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux's account of memory")
 def test_the_base_in_files_is_mapped_and_not_copied(tmp_path):
-    model = nn.Sequential(*(nn.Linear(2048, 2048, bias=False) for _ in range(12)))  # 201 MB
+    model = nn.Sequential(*(nn.Linear(2048, 2048, bias=False) for _ in range(24)))  # 403 MB
     save_file({n: p.detach() for n, p in model.named_parameters()}, tmp_path / "base.safetensors")
     size = sum(p.numel() * 4 for p in model.parameters())
     drift.parameter_drift(model, tmp_path / "base.safetensors")
@@ -304,6 +305,44 @@ def test_nothing_trainable_is_an_error():
     model = zoo.make(zoo.Base).requires_grad_(False)
     with pytest.raises(ValueError, match="no trainable parameter"):
         drift.parameter_drift(model, drift.Reference.snapshot(model))
+
+
+class Packed(nn.Linear):
+    """A linear layer whose weight is kept as bytes, two by two, as 4-bit layers keep theirs."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear.in_features, linear.out_features, bias=False)
+        self.kept = linear.weight.detach().clone()
+        self.weight = nn.Parameter(torch.zeros(linear.weight.numel() // 2, 1, dtype=torch.uint8), requires_grad=False)
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.kept)
+
+
+def test_on_a_quantised_base_the_adapters_are_measured_and_what_is_not_is_nan(tmp_path):
+    model = zoo.lora(zoo.llama(), nonzero=False)
+    for module in model.modules():
+        if hasattr(module, "base_layer"):
+            module.base_layer = Packed(module.base_layer)
+    reference = drift.Reference.snapshot(model)
+    sources = drift.SourceGradients(model, ["task", "self"], key="source")
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=10.0)
+    with drift.record(model, tmp_path, reference=reference, probes=[drift.DivergenceProbe("held-out", [zoo.batch(vocabulary=32)]), sources]) as rec:
+        for _ in range(2):
+            model(**zoo.batch(rows=4, vocabulary=32), source=[0, 1, 0, 1]).loss.backward()
+            optimizer.step(), optimizer.zero_grad()
+            assert rec.step()["kl/base_model/held-out"] > 0
+    assert drift.load(tmp_path).meta["coverage"]["sources"]["covered"] == 1.0
+    found = drift.parameter_drift(model, reference, metrics=["l2", "rel", "cos", "spectral", "max"])
+    assert {d.name for d in found} == {f"model.layers.{i}.{n}.weight" for i in (0, 1) for n in ("self_attn.q_proj", "mlp.down_proj")}
+    for d in found:
+        layer = model.get_submodule(f"base_model.model.{d.name.removesuffix('.weight')}")
+        update = layer.get_delta_weight("default").detach().double()
+        assert d.l2 == pytest.approx(float(update.norm()), rel=1e-6) and d.max == pytest.approx(float(update.abs().max()), rel=1e-6)
+        assert d.spectral == pytest.approx(float(torch.linalg.matrix_norm(update, 2)), rel=1e-6)
+        assert np.isnan(d.rel) and np.isnan(d.cos)
+    with pytest.raises(ValueError, match="quantised"):
+        drift.parameter_drift(model, reference, metrics=["base_angle"])
 
 
 def test_names_are_those_of_the_unwrapped_model():
