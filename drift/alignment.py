@@ -16,11 +16,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from drift.forward import IGNORE, Batch, Forward, logits_of, on_device, summed_nll
+from drift.forward import IGNORE, Batch, Forward, check_batch, logits_of, on_device, summed_nll
 from drift.groups import Groups
 from drift.intercept import Interceptor, UseCollector
 from drift.modes import measuring
-from drift.names import layer_index, parameters
+from drift.names import layer_index, trainable
+from drift.numerics import check_finite
 from drift.reference import Reference
 from drift.table import Row
 from drift.uses import Use, blocks
@@ -160,27 +161,25 @@ def gradient_gram(model: nn.Module, batch: Batch, *, forward: Forward = logits_o
     float32 (float64 models: float64), sums over parameters in float64. Memory: an ordinary pass, and the inputs and
     output gradients of weights that are used more than once.
     """
+    trained = trainable(model)
+    batch = on_device(batch, next(iter(trained.values())).device)
     labels = batch["labels"]
     if rows is None:
         rows = torch.arange(len(labels)).unsqueeze(1).expand(labels.shape)
     if rows.shape != labels.shape:
         raise ValueError(f"rows must have the shape of labels, got {tuple(rows.shape)} and {tuple(labels.shape)}")
-    trainable = {name: p for name, p in parameters(model).items() if p.requires_grad}
-    if not trainable:
-        raise ValueError("the model has no trainable parameter, so there is no gradient; set requires_grad on some")
-    device = next(iter(trainable.values())).device
-    batch = on_device(batch, device)
     n_rows = int(rows.max()) + 1
     collector = _RowGrams()
     with measuring(model), torch.enable_grad(), Interceptor(model).collecting(collector, Groups(rows, n_rows, tuple(labels.shape))):
         loss = summed_nll(model, batch, forward)
         # What is taken apart answers None, so a gradient that comes back is one that was not seen.
-        unseen = torch.autograd.grad(loss, list(trainable.values()), allow_unused=True)
+        unseen = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
     grams = collector.finish()
-    missing = tuple(name for name, g in zip(trainable, unseen, strict=True) if g is not None)
-    found = {name: grams.get(name, np.zeros((n_rows, n_rows))) for name in trainable if name not in missing}
-    covered = sum(trainable[name].numel() for name in found)
-    return GradientGram(found, covered / sum(p.numel() for p in trainable.values()), missing)
+    check_finite("the gradient", {name: bool(np.isfinite(grams[name]).all()) for name in trained if name in grams})
+    missing = tuple(name for name, g in zip(trained, unseen, strict=True) if g is not None)
+    found = {name: grams.get(name, np.zeros((n_rows, n_rows))) for name in trained if name not in missing}
+    covered = sum(trained[name].numel() for name in found)
+    return GradientGram(found, covered / sum(p.numel() for p in trained.values()), missing)
 
 
 class _RowGrams(UseCollector):
@@ -230,6 +229,8 @@ class AlignmentProbe:
         if len(sources) < 2 or not all(sources.values()):
             raise ValueError(f"probe {name!r}: sources must name at least two sources with batches, got "
                              f"{ {k: len(v) for k, v in sources.items()} }")
+        for batch in (b for batches in sources.values() for b in batches):
+            check_batch(batch)
         self.name, self.forward, self.every = name, forward, every
         self.batch = join_batches([b for batches in sources.values() for b in batches])
         self.rows_of: dict[str, list[int]] = {}

@@ -14,7 +14,7 @@ from drift.divergence import METRICS, token_divergences
 from drift.divergence_probe import DivergenceProbe
 from drift.forward import Batch, Forward, counted, logits_of, on_device, summed_nll
 from drift.modes import measuring
-from drift.names import parameters
+from drift.names import trainable
 from drift.numerics import moments
 from drift.sources import SourceGradients
 
@@ -68,18 +68,16 @@ def check(model: nn.Module, batch: Batch, *, forward: Forward = logits_of) -> Ch
     >>> check(model, {"input_ids": ids, "labels": ids}, forward=lambda m, b: m(b["input_ids"])).agrees
     True
     """
-    trainable = {n: p for n, p in parameters(model).items() if p.requires_grad}
-    if not trainable:
-        raise ValueError("the model has no trainable parameter; set requires_grad on some")
-    device = next(iter(trainable.values())).device
-    batch = on_device({k: v[:_ROWS] if isinstance(v, Tensor) else v for k, v in batch.items()}, device)
+    trained = trainable(model)
+    batch = on_device(batch, next(iter(trained.values())).device)
+    batch = {k: v[:_ROWS] if isinstance(v, Tensor) else v for k, v in batch.items()}
     if len(batch["labels"]) < 2:
         raise ValueError(f"batch must have at least 2 rows, got {len(batch['labels'])}")
-    lowest = min((p.dtype for p in trainable.values()), key=lambda dtype: torch.finfo(dtype).bits)
+    lowest = min((p.dtype for p in trained.values()), key=lambda dtype: torch.finfo(dtype).bits)
     tolerance = 5e-2 if torch.finfo(lowest).bits == 16 else 1e-3
     before = _state(model)
-    checks = [*_gradients(model, batch, forward, trainable, tolerance), _divergences(model, batch, forward, tolerance),
-              _sums(trainable), *_factors(model)]
+    checks = [*_gradients(model, batch, forward, trained, tolerance), _divergences(model, batch, forward, tolerance),
+              _sums(trained), *_factors(model)]
     changed = [name for name, value in _state(model).items() if value != before.get(name)]
     checks.append(Check("the model is as it was", float(len(changed)), 0.0, ", ".join(changed[:3])))
     return CheckReport(tuple(checks))
@@ -94,19 +92,19 @@ def _state(model: nn.Module) -> dict[str, object]:
             "random state": torch.get_rng_state().tolist()}
 
 
-def _gradients(model: nn.Module, batch: Batch, forward: Forward, trainable: dict[str, nn.Parameter], tolerance: float) -> Iterator[Check]:
+def _gradients(model: nn.Module, batch: Batch, forward: Forward, trained: dict[str, nn.Parameter], tolerance: float) -> Iterator[Check]:
     rows = [{k: v[i : i + 1] if isinstance(v, Tensor) else v for k, v in batch.items()} for i in range(len(batch["labels"]))]
     rows_with = [i for i, row in enumerate(rows) if bool((row["labels"][:, 1:] != -100).any())]
 
     def gradients(part: Batch) -> list[Tensor]:
-        found = torch.autograd.grad(summed_nll(model, part, forward), list(trainable.values()), allow_unused=True)
-        return [torch.zeros_like(p) if g is None else g for p, g in zip(trainable.values(), found, strict=True)]
+        found = torch.autograd.grad(summed_nll(model, part, forward), list(trained.values()), allow_unused=True)
+        return [torch.zeros_like(p) if g is None else g for p, g in zip(trained.values(), found, strict=True)]
 
     with measuring(model), torch.enable_grad():
         separate = {i: gradients(rows[i]) for i in rows_with}
         whole = gradients(batch)
     gram = gradient_gram(model, batch, forward=forward)
-    truth = {name: torch.stack([separate[i][k].flatten() for i in rows_with]).double() for k, name in enumerate(trainable)}
+    truth = {name: torch.stack([separate[i][k].flatten() for i in rows_with]).double() for k, name in enumerate(trained)}
     expected = {name: x @ x.T for name, x in truth.items()}
     scale = max(float(k.abs().max()) for k in expected.values())
     errors = [float((torch.from_numpy(gram.per_parameter[name])[rows_with][:, rows_with] - k.cpu()).abs().max()) / scale
@@ -115,17 +113,17 @@ def _gradients(model: nn.Module, batch: Batch, forward: Forward, trainable: dict
     yield Check("products of rows' gradients: one backward pass a row", max(errors, default=0.0), tolerance, note)
 
     tags = [i % 2 for i in range(len(rows))]
-    kept = {n: p.grad for n, p in trainable.items()}
-    for p in trainable.values():
+    kept = {n: p.grad for n, p in trained.items()}
+    for p in trained.values():
         p.grad = None
     try:
         with SourceGradients(model, ["even", "odd"], folds=1) as sources, measuring(model), torch.enable_grad():
             sources.tag(tags)
             summed_nll(model, batch, forward).backward()
             split = sources.step()
-        taken = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in trainable.items()}
+        taken = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in trained.items()}
     finally:
-        for n, p in trainable.items():
+        for n, p in trained.items():
             p.grad = kept[n]
     errors = []
     for name, k in split.grams["sgd"].items():
@@ -135,7 +133,7 @@ def _gradients(model: nn.Module, batch: Batch, forward: Forward, trainable: dict
     yield Check("products of sources' gradients: one backward pass a source", max(errors, default=0.0), tolerance, note)
     size = max(float(g.abs().max()) for g in whole) or 1.0
     yield Check("training gradient with and without SourceGradients",
-                max(float((taken[n] - g).abs().max()) for n, g in zip(trainable, whole, strict=True)) / size, tolerance)
+                max(float((taken[n] - g).abs().max()) for n, g in zip(trained, whole, strict=True)) / size, tolerance)
 
 
 def _divergences(model: nn.Module, batch: Batch, forward: Forward, tolerance: float) -> Check:
@@ -154,14 +152,14 @@ def _divergences(model: nn.Module, batch: Batch, forward: Forward, tolerance: fl
     return Check("KL, entropy and NLL: plain softmax in float64", max(errors), tolerance)
 
 
-def _sums(trainable: dict[str, nn.Parameter]) -> Check:
-    chosen = _some(list(trainable.items()))
+def _sums(trained: dict[str, nn.Parameter]) -> Check:
+    chosen = _some(list(trained.items()))
     errors = []
     for _, p in chosen:
         before = 0.75 * p.detach()
         d = p.detach().double() - before.double()
         errors.append(abs(float(moments(p, before).squared_distance) / float(d.square().sum()) - 1) if bool(d.any()) else 0.0)
-    return Check("squared drift: float64", max(errors), 1e-5, f"{len(chosen)} of {len(trainable)} parameters")
+    return Check("squared drift: float64", max(errors), 1e-5, f"{len(chosen)} of {len(trained)} parameters")
 
 
 def _factors(model: nn.Module) -> Iterator[Check]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from drift.adapters import adapters_disabled, has_adapters
 from drift.divergence import METRICS, Logits, Projected, RowDivergences, token_divergences
-from drift.forward import IGNORE, Batch, Forward, counted, headless, logits_of, on_device
+from drift.forward import IGNORE, Batch, Forward, check_batch, counted, headless, logits_of, on_device
 from drift.modes import measuring
 from drift.names import parameters
 from drift.numerics import at_least_fp32
@@ -48,6 +48,8 @@ class DivergenceProbe:
         if not batches:
             raise ValueError(f"probe {name!r}: batches is empty; give at least one batch with labels")
         self.name, self.batches, self.forward, self.every = name, list(batches), forward, every
+        for batch in self.batches:
+            check_batch(batch)
         if not any(bool((b["labels"][:, 1:] != IGNORE).any()) for b in self.batches):
             raise ValueError(f"probe {name!r}: no label differs from -100, so there is no position to measure")
         if isinstance(base, str) and base != NO_ADAPTERS:

@@ -25,7 +25,7 @@ from drift.forward import Batch, Forward, counted_log_p, logits_of, on_device, s
 from drift.groups import Groups
 from drift.intercept import Interceptor, UseCollector
 from drift.modes import measuring
-from drift.names import layer_index, parameters
+from drift.names import layer_index, parameters, trainable
 from drift.numerics import at_least_fp32, inner
 from drift.reference import Reference
 from drift.uses import Dense, Use, blocks
@@ -162,12 +162,10 @@ def _shapes(model: nn.Module) -> dict[str, torch.Size]:
 def _collect(model: nn.Module, batches: Iterable[Batch], collector: "UseCollector", samples: int, seed: int,
              forward: Forward) -> tuple[int, tuple[str, ...]]:
     """Run the batches; returns the number of rows, and the parameters whose gradients were not seen whole."""
-    trainable = {n: p for n, p in parameters(model).items() if p.requires_grad}
-    if not trainable:
-        raise ValueError("the model has no trainable parameter, so it has no Fisher information; set requires_grad on some")
+    trained = trainable(model)
     if samples < 1:
         raise ValueError(f"samples must be at least 1, got {samples}")
-    device = next(iter(trainable.values())).device
+    device = next(iter(trained.values())).device
     generator = torch.Generator(device).manual_seed(seed)
     interceptor, n_rows, missing = Interceptor(model), 0, set()
     for batch in batches:
@@ -178,13 +176,13 @@ def _collect(model: nn.Module, batches: Iterable[Batch], collector: "UseCollecto
             with measuring(model), torch.enable_grad(), interceptor.collecting(collector, groups):
                 log_p, _ = counted_log_p(model, batch, forward)
                 drawn = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
-                unseen = torch.autograd.grad(-log_p.gather(1, drawn).sum(), list(trainable.values()), allow_unused=True)
+                unseen = torch.autograd.grad(-log_p.gather(1, drawn).sum(), list(trained.values()), allow_unused=True)
                 collector.close()
-            missing |= {n for n, g in zip(trainable, unseen, strict=True) if g is not None}
+            missing |= {n for n, g in zip(trained, unseen, strict=True) if g is not None}
         n_rows += len(labels)
     if n_rows == 0:
         raise ValueError("batches is empty; give at least one batch with labels")
-    return n_rows, tuple(n for n in trainable if n in missing)
+    return n_rows, tuple(n for n in trained if n in missing)
 
 
 class _Squares(UseCollector):
@@ -374,7 +372,7 @@ def restoring_force(model: nn.Module, base: Reference, batches: Sequence[Batch],
     and cosine with few rows; F itself sums over labels. Cost a batch: two ordinary passes and one Fisher-vector product; memory: five
     vectors of the trainable parameters.
     """
-    mine = {n: p for n, p in parameters(model).items() if p.requires_grad}
+    mine = trainable(model)
     delta = {n: p.detach() - base.get(n).to(p.device) for n, p in mine.items()}
     force, predicted = ({n: torch.zeros_like(p) for n, p in mine.items()} for _ in range(2))
     along, rows = [], 0

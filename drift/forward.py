@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from drift.numerics import at_least_fp32
+from drift.names import parameters
+from drift.numerics import at_least_fp32, check_finite
 
 Batch = Mapping[str, Any]  # input_ids, attention_mask, labels [B, T]; labels are not shifted, -100 where a token is not counted
 Forward = Callable[[nn.Module, Batch], Tensor]
@@ -36,8 +37,23 @@ def logits_of(model: nn.Module, batch: Batch, columns: Tensor | None = None) -> 
     return model(**inputs).logits[:, columns]
 
 
+def check_batch(batch: Batch) -> None:
+    """Raise ``ValueError`` unless ``labels`` are whole numbers [B, T], and ids, mask and positions, where there are any, go with them."""
+    if not isinstance(batch, Mapping):
+        raise ValueError(f"a batch must be a dictionary of tensors, got {type(batch).__name__} (where batches are asked for, give a list of them)")
+    labels = batch.get("labels")
+    if not isinstance(labels, Tensor) or labels.dim() != 2 or labels.is_floating_point():
+        found = f"{labels.dtype} {list(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__ if "labels" in batch else "none"
+        raise ValueError(f"a batch must have labels, whole numbers [B, T], -100 where a token is not counted; got {found}")
+    for key in ("input_ids", "attention_mask", "position_ids"):
+        tensor = batch.get(key)
+        if isinstance(tensor, Tensor) and tensor.dim() == 2 and tensor.shape != labels.shape and not (key == "position_ids" and len(tensor) == 1):
+            raise ValueError(f"{key} and labels must have one shape [B, T], got {list(tensor.shape)} and {list(labels.shape)}")
+
+
 def on_device(batch: Batch, device: torch.device) -> dict[str, Any]:
-    """The batch with its tensors on ``device``."""
+    """The batch, checked, with its tensors on ``device``."""
+    check_batch(batch)
     return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
@@ -57,7 +73,12 @@ def counted(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def counted_log_p(model: nn.Module, batch: Batch, forward: Forward) -> tuple[Tensor, Tensor]:
     """Log-probabilities [N, V] at the counted positions, in float32 at least, and the tokens [N] that stand there."""
     row, column, targets = counted(batch["labels"])
-    return torch.log_softmax(at_least_fp32(forward(model, batch)[row, column]), -1), targets
+    log_p = torch.log_softmax(at_least_fp32(forward(model, batch)[row, column]), -1)
+    finite = log_p.detach().gather(1, targets.unsqueeze(1)).isfinite()
+    if not bool(finite.all()):
+        check_finite("the weight", {n: bool(p.isfinite().all()) for n, p in parameters(model).items()})
+        raise FloatingPointError(f"the model's log-probability is not finite at {int((~finite).sum())} of {len(finite)} counted tokens")
+    return log_p, targets
 
 
 def summed_nll(model: nn.Module, batch: Batch, forward: Forward) -> Tensor:

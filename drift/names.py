@@ -47,6 +47,25 @@ def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return found
 
 
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that training changes, by canonical name.
+
+    Raises ``ValueError`` if there is none, or if some have no values (they are on the meta device).
+
+    >>> model = nn.Linear(2, 3)
+    >>> _ = model.bias.requires_grad_(False)
+    >>> list(trainable(model))
+    ['weight']
+    """
+    found = {name: p for name, p in parameters(model).items() if p.requires_grad}
+    if not found:
+        raise ValueError("the model has no trainable parameter, so there is no gradient and no drift; set requires_grad on some")
+    empty = [name for name, p in found.items() if p.is_meta]
+    if empty:
+        raise ValueError(f"{len(empty)} parameters are on the meta device and have no values ({', '.join(empty[:3])}); load the weights first")
+    return found
+
+
 def tied(model: nn.Module) -> dict[str, str]:
     """For every further name of a shared parameter, the name that stands for it.
 

@@ -5,6 +5,7 @@ digits before any sum. So every element is brought to float32 first, squares are
 and beyond that in float64.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,19 @@ from torch import Tensor
 
 _CHUNK = 65536  # elements summed in float32 before float64 takes over
 _BLOCK = 16 * _CHUNK  # elements that are widened at once: they stay in the cache
+
+
+def check_finite(what: str, finite: Mapping[str, bool]) -> None:
+    """Raise ``FloatingPointError`` naming the parameters of which ``what`` is not finite.
+
+    >>> check_finite("the gradient", {"weight": True, "bias": False})
+    Traceback (most recent call last):
+    FloatingPointError: the gradient is not finite in 1 of 2 parameters: bias
+    """
+    bad = [name for name, good in finite.items() if not good]
+    if bad:
+        raise FloatingPointError(f"{what} is not finite in {len(bad)} of {len(finite)} parameters: {', '.join(bad[:5])}"
+                                 f"{', ...' if len(bad) > 5 else ''}")
 
 
 def at_least_fp32(x: Tensor) -> Tensor:

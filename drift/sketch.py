@@ -19,7 +19,8 @@ from drift.forward import Batch, Forward, logits_of, on_device, summed_nll
 from drift.groups import Groups
 from drift.intercept import Interceptor, UseCollector
 from drift.modes import measuring
-from drift.names import layer_index, parameters
+from drift.names import layer_index, trainable
+from drift.numerics import check_finite
 from drift.uses import Dense, Sparse, Use
 from drift.weights import Side, deltas
 
@@ -68,20 +69,19 @@ class Sketch:
 
     def gradients(self, model: nn.Module, batch: Batch, *, forward: Forward = logits_of) -> Sketches:
         """Sketches of the rows' gradients, of summed NLL as for :func:`drift.gradient_gram`, in one forward and one backward pass."""
-        trainable = {n: p for n, p in parameters(model).items() if p.requires_grad}
-        if not trainable:
-            raise ValueError("the model has no trainable parameter, so there is no gradient; set requires_grad on some")
-        batch = on_device(batch, next(iter(trainable.values())).device)
+        trained = trainable(model)
+        batch = on_device(batch, next(iter(trained.values())).device)
         labels = batch["labels"]
         groups = Groups(torch.arange(len(labels)).unsqueeze(1).expand(labels.shape), len(labels), tuple(labels.shape))
-        collector = _Projections(self, {n: p.shape for n, p in trainable.items()})
+        collector = _Projections(self, {n: p.shape for n, p in trained.items()})
         with measuring(model), torch.enable_grad(), Interceptor(model).collecting(collector, groups):
-            unseen = torch.autograd.grad(summed_nll(model, batch, forward), list(trainable.values()), allow_unused=True)
+            unseen = torch.autograd.grad(summed_nll(model, batch, forward), list(trained.values()), allow_unused=True)
             collector.close()
-        missing = tuple(n for n, g in zip(trainable, unseen, strict=True) if g is not None)
+        missing = tuple(n for n, g in zip(trained, unseen, strict=True) if g is not None)
         rows = len(labels)
         parts = {n: collector.found[n].reshape(rows, -1).double().cpu().numpy() if n in collector.found else np.zeros((rows, self._size(shape)))
                  for n, shape in collector.shapes.items() if n not in missing}
+        check_finite("the gradient", {n: bool(np.isfinite(part).all()) for n, part in parts.items()})
         return _stacked(parts, missing)
 
     def change(self, model: Side, base: Side) -> Sketches:

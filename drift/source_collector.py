@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from drift.adapters import adapters
 from drift.lowrank import induced_gram
-from drift.numerics import squared_norm
+from drift.numerics import check_finite, squared_norm
 from drift.uses import Formed, Scratch, Sparse, Use, blocks, gram
 
 Gram = NDArray[np.float64]
@@ -190,10 +190,7 @@ class SourceCollector:
         missing = self._missing()
         covered = {name: k for name, k in self._grams[SGD].items() if name not in missing}
         grams = {metric: self._on_cpu({n: k for n, k in found.items() if n not in missing}) for metric, found in self._grams.items()}
-        bad = [name for name in self._trained if name in grams[SGD] and not np.isfinite(grams[SGD][name]).all()]
-        if bad:
-            raise FloatingPointError(f"the gradient is not finite in {len(bad)} of {len(covered)} parameters: {', '.join(bad[:5])}"
-                                     f"{', ...' if len(bad) > 5 else ''}")
+        check_finite("the gradient", {n: bool(np.isfinite(grams[SGD][n]).all()) for n in self._trained if n in grams[SGD]})
         numel = {n: self._trained[n].numel() for n in (*covered, *missing)}
         units = self.units.clone()
         if self.process_group is not None:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from drift.alignment import Gram, cosine, jackknife, mean_inner
 from drift.groups import Groups
 from drift.intercept import Interceptor
-from drift.names import layer_index, parameters
+from drift.names import layer_index, trainable
 from drift.schedules import Schedule, schedule
 from drift.source_collector import SGD, SourceCollector
 from drift.table import Row
@@ -146,9 +146,7 @@ class SourceGradients:
             raise ValueError(f"sources must be two or more different names, got {list(sources)}")
         if folds < 1 or window < 1:
             raise ValueError(f"folds and window must be at least 1, got folds={folds}, window={window}")
-        self._parameters = parameters(model)
-        if not any(p.requires_grad for p in self._parameters.values()):
-            raise ValueError("the model has no trainable parameter, so there is no gradient; set requires_grad on some")
+        trainable(model)  # refuses frozen models
         self.model, self.folds, self.accumulate, self.optimizer, self.key = model, folds, accumulate, optimizer, key
         self.every: int | Schedule | None = None  # of the recorder: rows are there whenever a step was measured
         self._due = schedule(every)
@@ -215,6 +213,10 @@ class SourceGradients:
         self._finish()
         self._last += 1
         if self._collector is None:
+            if self._open and self._due(self._last):
+                raise RuntimeError(f"step {self._last} was to be measured, but nobody said whose its rows are: " + (
+                    "tag was not called" if self.key is None else f"the model was not given {self.key!r} (a Trainer drops such a column unless "
+                    "remove_unused_columns=False, and a collator may)"))
             return None
         found = self._collector.result
         self._detach()
@@ -229,7 +231,7 @@ class SourceGradients:
 
     def _begin(self, *, untagged: bool) -> None:
         self._collector = SourceCollector(
-            self.model, {n: p for n, p in self._parameters.items() if p.requires_grad}, len(self.sources), self.folds,
+            self.model, trainable(self.model), len(self.sources), self.folds,
             untagged=untagged, accumulate=self.accumulate, optimizer=self.optimizer, process_group=self._process_group, scratch=self._scratch,
             watch=not (self._checked or self._process_group or self.accumulate))
         self._interceptor.attach(self._collector)

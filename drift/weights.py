@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from math import acos, nan, sqrt
+from math import acos, isfinite, nan, sqrt
 from pathlib import Path
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from drift.deltas import Delta, DenseDelta, DoraDelta, FactoredDelta, ResidualDelta, factors_of
 from drift.names import layer_index, parameters
+from drift.numerics import check_finite
 from drift.reference import Reference
 from drift.spectra import intruders, leading, principal_angles
 
@@ -102,9 +103,7 @@ def parameter_drift(model: Side, base: Side, *, metrics: Collection[str] = ("l2"
     wanted = [name for name in ("rel", "cos", "max") if name in metrics]
     sums = torch.stack([torch.stack([v.to(torch.float64).cpu() if not v.is_cuda else v for v in _sums(d, wanted)]) for d in found.values()])
     drifts = [_drift(name, delta, row, metrics) for (name, delta), row in zip(found.items(), sums.cpu().tolist(), strict=True)]
-    bad = [d.name for d in drifts if not d.l2 < float("inf")]
-    if bad:
-        raise FloatingPointError(f"weights are not finite in {len(bad)} parameters: {', '.join(bad[:5])}{', ...' if len(bad) > 5 else ''}")
+    check_finite("the drift", {d.name: isfinite(d.l2) for d in drifts})
     return drifts
 
 

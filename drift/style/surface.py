@@ -196,6 +196,9 @@ def style_matrix(texts: Sequence[str]) -> NDArray[np.float64]:
     >>> style_matrix(["One.", "Two."]).shape == (2, len(STYLE_FEATURES))
     True
     """
+    if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+        other = texts if isinstance(texts, str) else next(t for t in texts if not isinstance(t, str))
+        raise ValueError(f"texts must be a list of strings, got a {type(texts).__name__} holding {type(other).__name__}")
     rows = [list(style_features(text).values()) for text in texts]
     return np.array(rows, dtype=np.float64).reshape(len(texts), len(STYLE_FEATURES))
 
