@@ -49,6 +49,15 @@ def test_somebodys_trainer(here: Path) -> None:
     assert any("kl/base_model/held-out" in entry for entry in scope["trainer"].state.log_history)
 
 
+def test_gradients_of_sources(here: Path, capsys: pytest.CaptureFixture) -> None:
+    loop = next(b for b in blocks("python") if "drift.record(" in b)
+    sources = next(b for b in blocks("python") if "SourceGradients" in b)
+    check = re.search(r"`(print\(drift\.check\(.*?\)\))`", README.read_text(encoding="utf-8"))[1]
+    scope = run_python(f"{loop}\n{sources}\n{check}")
+    assert scope["sources"].coverage["covered"] == 1.0
+    assert "DIFFERS" not in capsys.readouterr().out
+
+
 def test_sa_sft_from_the_command_line_and_from_python(here: Path, capsys: pytest.CaptureFixture) -> None:
     shell = next(b for b in blocks("bash") if "sasft generate" in b)
     for line in shell.replace("\\\n", " ").splitlines():
