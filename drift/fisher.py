@@ -21,14 +21,14 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from drift.deltas import Delta, FactoredDelta
+from drift.fisher_collectors import Factors, Margins, Squares
 from drift.forward import Batch, Forward, counted_log_p, logits_of, on_device, summed_nll
 from drift.groups import Groups
 from drift.intercept import Interceptor, UseCollector
 from drift.modes import measuring
 from drift.names import layer_index, parameters, trainable
-from drift.numerics import at_least_fp32, inner
+from drift.numerics import inner
 from drift.reference import Reference
-from drift.uses import Dense, Use, blocks
 from drift.weights import Side, deltas
 
 Vector = Mapping[str, Tensor]
@@ -119,7 +119,7 @@ def diagonal(model: nn.Module, batches: Iterable[Batch], *, estimator: str = "se
     """
     if estimator not in ("sequence", "token"):
         raise ValueError(f"estimator must be 'sequence' or 'token', got {estimator!r}")
-    collector = _Squares(_shapes(model), token=estimator == "token")
+    collector = Squares(_shapes(model), token=estimator == "token")
     rows, missing = _collect(model, batches, collector, samples, seed, forward)
     return Diagonal({n: collector.sums[n] / (rows * samples) for n in _shapes(model) if n in collector.sums and n not in missing}, rows, missing)
 
@@ -129,7 +129,7 @@ def rank_one(model: nn.Module, batches: Iterable[Batch], *, samples: int = 1, se
 
     The diagonal itself is never in memory. Vectors and stacks of experts are listed in ``missing``.
     """
-    collector = _Margins({n: shape for n, shape in _shapes(model).items() if len(shape) == 2})
+    collector = Margins({n: shape for n, shape in _shapes(model).items() if len(shape) == 2})
     rows, missing = _collect(model, batches, collector, samples, seed, forward)
     factors = {}
     for name, (by_row, by_column) in collector.sums.items():
@@ -145,7 +145,7 @@ def kfac(model: nn.Module, batches: Iterable[Batch], *, samples: int = 1, seed: 
     Others (heads of large vocabularies, embeddings, norms) are listed in ``missing``. Memory: m² + n² numbers a layer.
     """
     small = {n for n, shape in _shapes(model).items() if len(shape) == 2 and max(shape) <= largest_side}
-    collector = _Factors(small)
+    collector = Factors(small)
     rows, missing = _collect(model, batches, collector, samples, seed, forward)
     factors = {n: (s / (rows * samples), a / max(1, collector.positions[n])) for n, (s, a) in collector.sums.items()}
     return KroneckerFactored(factors, rows, _left_out(model, factors, missing))
@@ -159,7 +159,7 @@ def _shapes(model: nn.Module) -> dict[str, torch.Size]:
     return {n: p.shape for n, p in parameters(model).items()}
 
 
-def _collect(model: nn.Module, batches: Iterable[Batch], collector: "UseCollector", samples: int, seed: int,
+def _collect(model: nn.Module, batches: Iterable[Batch], collector: UseCollector, samples: int, seed: int,
              forward: Forward) -> tuple[int, tuple[str, ...]]:
     """Run the batches; returns the number of rows, and the parameters whose gradients were not seen whole."""
     trained = trainable(model)
@@ -183,65 +183,6 @@ def _collect(model: nn.Module, batches: Iterable[Batch], collector: "UseCollecto
     if n_rows == 0:
         raise ValueError("batches is empty; give at least one batch with labels")
     return n_rows, tuple(n for n in trained if n in missing)
-
-
-class _Squares(UseCollector):
-    """Sums of squares of the rows' gradients, or of single positions' where ``token``."""
-
-    def __init__(self, shapes: Mapping[str, torch.Size], *, token: bool) -> None:
-        super().__init__()
-        self.shapes, self.token = shapes, token
-        self.sums: dict[str, Tensor] = {}
-
-    def process(self, name: str, uses: Sequence[Use]) -> None:
-        if self.token:
-            uses = [use.squared() for use in uses]
-        for rows, parts in blocks(uses):
-            squares = (parts if self.token else parts.square()).sum(0)
-            if name not in self.sums:
-                self.sums[name] = squares.new_zeros(self.shapes[name])
-            self.sums[name].view(len(self.sums[name]), -1)[rows] += squares
-
-
-class _Margins(UseCollector):
-    """Row and column sums of the squares, float64."""
-
-    def __init__(self, shapes: Mapping[str, torch.Size]) -> None:
-        super().__init__()
-        self.shapes = shapes
-        self.sums: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def process(self, name: str, uses: Sequence[Use]) -> None:
-        if name not in self.shapes:
-            return
-        for rows, parts in blocks(uses):
-            squares = parts.square().sum(0).double()
-            if name not in self.sums:
-                m, n = self.shapes[name]
-                self.sums[name] = squares.new_zeros(m), squares.new_zeros(n)
-            self.sums[name][0][rows] += squares.sum(1)
-            self.sums[name][1].add_(squares.sum(0))
-
-
-class _Factors(UseCollector):
-    """Second moments of output gradients (sums over positions) and of inputs, and the number of positions."""
-
-    def __init__(self, names: set[str]) -> None:
-        super().__init__()
-        self.names = names
-        self.sums: dict[str, tuple[Tensor, Tensor]] = {}
-        self.positions: dict[str, int] = {}
-
-    def process(self, name: str, uses: Sequence[Use]) -> None:
-        if name not in self.names or len(uses) > 1 or not isinstance(uses[0], Dense):
-            return
-        left = uses[0].left
-        kept = left.any(1)  # positions that no label reaches, padding above all, say nothing of the inputs either
-        left, right = at_least_fp32(left[kept]), at_least_fp32(uses[0].right[kept])
-        s, a = left.T @ left, right.T @ right
-        before = self.sums.get(name)
-        self.sums[name] = (s, a) if before is None else (before[0] + s, before[1] + a)
-        self.positions[name] = self.positions.get(name, 0) + len(left)
 
 
 # --- products, exact over the vocabulary --------------------------------------------------------------------------
