@@ -1,0 +1,189 @@
+r"""What the theory speaks of, as sums over all responses: sources, their gradients, Fisher matrices, divergences, ability.
+
+A *source* of training rows is its flow [X, N, V] (:mod:`studies.lab.tree`): the loss :math:`-\sum_{x,n,v} f\,\log p_\theta(v\mid x,n)` of a row, in
+nats, is linear in it, so mixtures of sources are mixtures of flows. Everything here takes one model's tables and weights; ``torch.func.vmap``
+runs it over many.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, jacrev, jvp, vmap
+
+from studies.lab.model import Params, Support, flat, log_probs, unflat
+from studies.lab.tree import (
+    CONTENT, DEPTHS, FINISHED, LENGTHS, N_NODES, NODES, PROMPTS, RESPONSES, flow, response_probabilities)
+
+
+ROWS_AT_ONCE = 1024  # prefixes whose gradients are in memory together
+
+
+# --- samplers, and rows into flows -------------------------------------------------------------------------------------
+
+
+def sampler(log_p: Tensor, temperature: float = 1.0, top_p: float = 1.0) -> Tensor:
+    """Log-probabilities [..., V] that a tempered, then truncated sampler draws from (as :class:`sasft.sampling.Sampler` has it).
+
+    >>> p = sampler(torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64).log(), top_p=0.7).exp()
+    >>> [round(x, 4) for x in p.tolist()]
+    [0.625, 0.375, 0.0]
+    """
+    p = (log_p / temperature).softmax(-1)
+    if top_p < 1:
+        ranked, order = p.sort(-1, descending=True)
+        kept = torch.zeros_like(p).scatter(-1, order, (ranked.cumsum(-1) - ranked < top_p).to(p.dtype))
+        p = p * kept
+    return (p / p.sum(-1, keepdim=True)).log()
+
+
+def sampled_rows(log_p: Tensor, prompts: Tensor, temperature: float = 1.0, top_p: float = 1.0) -> Tensor:
+    """Rows [X, R] of self-data: prompts with the weights ``prompts`` [X], responses from a sampler."""
+    return prompts[:, None] * response_probabilities(sampler(log_p, temperature, top_p))
+
+
+def per_response(rows: Tensor) -> Tensor:
+    """Weights of rows whose loss is a *mean* over each response's tokens, scaled so that the tokens' weights sum to what they did (F2b)."""
+    return rows / LENGTHS * (rows * LENGTHS).sum() / rows.sum()
+
+
+def kept(rows: Tensor, rule: Tensor) -> Tensor:
+    """Rows that a rule [R] or [X, R] keeps, weights summing to 1 (F2c)."""
+    rows = rows * rule
+    return rows / rows.sum()
+
+
+def drop_unfinished(rows: Tensor) -> Tensor:
+    """Only answers that end by themselves."""
+    return kept(rows, FINISHED)
+
+
+def drop_likely_duplicates(rows: Tensor, n: int) -> Tensor:
+    """Rows after removing repeats from ``n`` draws: a row's weight is the chance that it is drawn at all."""
+    return kept(torch.ones_like(rows), 1 - (1 - rows).clamp(min=0) ** n)
+
+
+def drawn_rows(rows: Tensor, n: int, seed: int) -> Tensor:
+    """Frequencies of ``n`` rows drawn from ``rows``: training on a finite set of them."""
+    generator = torch.Generator().manual_seed(seed)
+    found = torch.multinomial(rows.flatten(), n, replacement=True, generator=generator)
+    return torch.bincount(found, minlength=rows.numel()).view_as(rows).to(rows.dtype) / n
+
+
+# --- losses and derivatives ----------------------------------------------------------------------------------------------
+
+
+class Expected:
+    r"""A source's expected loss :math:`-\sum f\log p_\theta` and its derivatives, of which only what the flow touches is computed."""
+
+    def __init__(self, model: nn.Module, flow: Tensor) -> None:
+        self.model, self.support = model, Support(flow)
+        self.flow = self.support.of(flow)
+        self._whole = len(self.support.nodes) > N_NODES // 2
+
+    def _log_probs(self, params: Params) -> Tensor:
+        if self._whole:
+            return log_probs(self.model, params, PROMPTS[self.support.prompts])[..., self.support.nodes, :]
+        return self.support.log_probs(self.model, params)
+
+    def loss(self, params: Params) -> Tensor:
+        """The expected loss of a row, nats."""
+        return -(self.flow * self._log_probs(params)).sum()
+
+    def gradient(self, params: Params) -> Tensor:
+        """Its gradient [P]."""
+        return flat(grad(self.loss)(dict(params)))
+
+    def hessian_product(self, params: Params, vector: Tensor) -> Tensor:
+        """Its Hessian times ``vector`` [P]."""
+        return jvp(lambda p: flat(grad(self.loss)(p)), (dict(params),), (unflat(vector, params),))[1]
+
+    def hessian(self, params: Params, at_once: int = 64) -> Tensor:
+        """Its Hessian [P, P], column by column."""
+        n = sum(p.numel() for p in params.values())
+        return vmap(lambda v: self.hessian_product(params, v), chunk_size=at_once)(torch.eye(n, dtype=torch.float64)).T
+
+
+# --- scores: Fisher matrices, gradient covariance ------------------------------------------------------------------------
+
+
+def _scores(model: nn.Module, params: Params, prompts: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """(nodes, scores [X', n, V, P] of all tokens there), a few nodes at a time."""
+    start = 0
+    for depth, count in enumerate(DEPTHS):
+        step = max(1, ROWS_AT_ONCE // len(prompts))
+        for low in range(start, start + count, step):
+            nodes = slice(low, min(low + step, start + count))
+            prefixes = torch.tensor(NODES[nodes], dtype=torch.int64).reshape(len(NODES[nodes]), depth)
+            ids = torch.cat([prompts.repeat_interleave(len(prefixes), 0), prefixes.repeat(len(prompts), 1)], 1)
+            width = ids.shape[1]
+            mask = torch.full((width, width), -torch.inf, dtype=torch.float64).triu(1)[None, None]
+
+            def last(p: Params, row: Tensor, mask: Tensor = mask, width: int = width) -> Tensor:
+                inputs = {"input_ids": row[None], "attention_mask": mask, "position_ids": torch.arange(width)[None], "use_cache": False}
+                return functional_call(model, dict(p), (), inputs).logits[0, -1].log_softmax(-1)
+
+            found = vmap(jacrev(last), (None, 0))(dict(params), ids)
+            yield nodes, torch.cat([j.flatten(2) for j in found.values()], 2).unflatten(0, (len(prompts), -1))
+        start += count
+
+
+def fisher(model: nn.Module, params: Params, prompts: Tensor, weights: Tensor | None = None) -> Tensor:
+    r"""Fisher matrix :math:`\mathbb E_{x,\,y\sim p_\theta}\sum_t s_ts_t^\top` [P, P], prompts with the weights ``prompts`` [X].
+
+    ``weights`` [X, N, V]: a flow in place of the model's own, for what is *not* a Fisher matrix (labels from a sampler, say).
+    """
+    some = prompts.nonzero().squeeze(1)
+    if weights is None:
+        weights = flow(prompts[:, None] * response_probabilities(log_probs(model, params)))
+    n = sum(p.numel() for p in params.values())
+    total = torch.zeros(n, n, dtype=torch.float64)
+    for nodes, scores in _scores(model, params, PROMPTS[some]):
+        rows = (scores * weights[some, nodes].sqrt().unsqueeze(-1)).flatten(0, 2)
+        total += rows.T @ rows
+    return total
+
+
+def row_gradients(model: nn.Module, params: Params, x: Tensor, responses: Tensor) -> Tensor:
+    """Gradients [n, P] of the summed NLL of single rows: prompt numbers ``x`` [n], response numbers ``responses`` [n]."""
+    found = torch.empty(len(x), sum(p.numel() for p in params.values()), dtype=torch.float64)
+    for length in sorted(set(LENGTHS[responses].tolist())):
+        chosen = (LENGTHS[responses] == length).nonzero().squeeze(1)
+        tails = torch.tensor([RESPONSES[r] for r in responses[chosen].tolist()])
+        ids = torch.cat([PROMPTS[x[chosen]], tails], 1)
+        width = ids.shape[1]
+        mask = torch.full((width, width), -torch.inf, dtype=torch.float64).triu(1)[None, None]
+
+        def nll(p: Params, row: Tensor, mask: Tensor = mask, width: int = width) -> Tensor:
+            inputs = {"input_ids": row[None], "attention_mask": mask, "position_ids": torch.arange(width)[None], "use_cache": False}
+            log_p = functional_call(model, dict(p), (), inputs).logits[0].log_softmax(-1)
+            return -log_p[1:-1].gather(1, row[2:, None]).sum()
+
+        gradients = vmap(grad(nll), (None, 0), chunk_size=ROWS_AT_ONCE)(dict(params), ids)
+        found[chosen] = torch.cat([g.flatten(1) for g in gradients.values()], 1)
+    return found
+
+
+# --- what a model has forgotten --------------------------------------------------------------------------------------------
+
+
+def kl(base: Tensor, model: Tensor, prompts: Tensor) -> Tensor:
+    r"""Forgetting :math:`\mathbb E_x\mathrm{KL}(p_0\Vert p_\theta)` of whole responses, nats a response; tables [..., X, N, V], ``prompts`` [X]."""
+    reached = flow(response_probabilities(base))
+    return (prompts[:, None, None] * reached * (base - model)).sum((-1, -2, -3))
+
+
+def entropy(log_p: Tensor, prompts: Tensor) -> Tensor:
+    """Entropy of whole responses, nats."""
+    p = response_probabilities(log_p)
+    return -(prompts[:, None] * p * p.clamp(min=torch.finfo(p.dtype).tiny).log()).sum((-1, -2))
+
+
+def says(log_p: Tensor, facts: Tensor) -> Tensor:
+    """Probability [..., X] that a response says the fact of its prompt ``facts`` [..., X], whatever its style."""
+    return (response_probabilities(log_p) * (facts.unsqueeze(-1) == CONTENT)).sum(-1)
+
+
+def tokens(log_p: Tensor, prompts: Tensor) -> Tensor:
+    """Expected number of tokens of a response."""
+    return (prompts[:, None] * response_probabilities(log_p) * LENGTHS).sum((-1, -2))
