@@ -28,18 +28,19 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import drift
 from sasft.versions import versions
 from studies.figures import DARK, MIDDLE, error_bars, new_figure, save
-from studies.stats import Effect
+from studies.stats import LEVEL, Effect, judge_range
 
 SHAPES = ((256, 768, 8), (384, 1152, 12), (768, 2048, 12), (1024, 2816, 22), (2048, 5632, 19))  # hidden, intermediate, layers
 VOCABULARY = 16_384
-LEVEL, DRAWS = 0.95, 4000
+DRAWS = 4000
 LINEAR, LARGE = (0.95, 1.05), 5e7
 WAYS = {"memory": "θ₀ in memory", "files": "θ₀ in memory-mapped files"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, draw and print; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(prog="python -m studies.drift_cost", description=__doc__.splitlines()[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--up_to", type=float, default=2e9, help="largest model, in parameters")
     parser.add_argument("--repeats", type=int, default=7, help="recordings timed of every model")
     parser.add_argument("--figures", type=Path, default=Path("figures"), help="folder to write to")
@@ -111,11 +112,9 @@ def draw(rows: Sequence[dict[str, Any]], folder: Path) -> tuple[list[Path], list
             if chosen.sum() < 2:
                 continue
             found = slope(sizes[chosen], seconds[chosen])
-            outside = found.high < LINEAR[0] or found.low > LINEAR[1]
             verdicts.append({
                 "claim": "none", "statement": f"slope of log time over log parameters, {WAYS[way]}, {which}", "value": found.value,
-                "low": found.low, "high": found.high, "predicted": LINEAR,
-                "verdict": "supported" if LINEAR[0] <= found.low and found.high <= LINEAR[1] else "contradicted" if outside else "inconclusive"})
+                "low": found.low, "high": found.high, "predicted": LINEAR, "verdict": judge_range(found, *LINEAR)})
     axis.set_xscale("log")
     axis.set_yscale("log")
     axis.set_xlabel("parameters (float32)")

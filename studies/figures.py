@@ -1,7 +1,6 @@
 """How every figure of the studies is drawn and kept: PNG + SVG, the table it is drawn from, its verdicts."""
 
 import csv
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,8 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from studies.stats import Effect
+from sasft.files import write_json
+from studies.stats import Effect, config_hash
 
 # Distinct in colour and, printed in grey, in lightness.
 DARK, MIDDLE, LIGHT = "#1b3a5c", "#c8553d", "#9bb8a3"
@@ -27,7 +27,15 @@ def new_figure(width: float, height: float, columns: int = 1, **kwargs: Any) -> 
 
 def save(figure: Figure, folder: Path, name: str, rows: Sequence[Mapping[str, Any]],
          verdicts: Sequence[Mapping[str, Any]], provenance: Mapping[str, Any]) -> list[Path]:
-    """Write ``name``.png, .svg, .csv (the table drawn) and .json (verdicts and provenance); returns their paths."""
+    """Write ``name``.png, .svg, .csv (the table drawn) and .json (verdicts and provenance); returns their paths.
+
+    ``verdicts``: records of :func:`studies.stats.verdict`, which ``studies ledger`` reads, and notes, whose claim is "none".
+    ``provenance``: what the result came from, the same whenever it is made again; only "versions" stays out of its hash.
+    """
+    for row in verdicts:
+        if row["claim"] != "none" and "prediction" not in row:
+            raise ValueError(f"a row about claim {row['claim']} must be made by studies.stats.verdict from a registered prediction, "
+                             f"got {dict(row)}")
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{name}.{ext}" for ext in ("png", "svg", "csv", "json")]
     figure.savefig(paths[0], dpi=160)
@@ -36,8 +44,7 @@ def save(figure: Figure, folder: Path, name: str, rows: Sequence[Mapping[str, An
         writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
-    paths[3].write_text(json.dumps({"verdicts": list(verdicts), "provenance": dict(provenance)}, indent=1) + "\n",
-                        encoding="utf-8")
+    write_json(paths[3], {"config_sha256": config_hash(provenance), "verdicts": list(verdicts), "provenance": dict(provenance)})
     return paths
 
 

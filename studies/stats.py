@@ -1,5 +1,7 @@
 """Paired bootstrap intervals and verdicts by rule, for effects measured over seeds and items."""
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -7,6 +9,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from studies.claims import Prediction
+
+LEVEL = 0.95  # of the intervals that verdicts are given on
 Verdict = Literal["supported", "contradicted", "inconclusive"]
 
 
@@ -38,14 +43,14 @@ class Effect:
     value: float
     low: float
     high: float
-    level: float = 0.95
+    level: float = LEVEL
 
     def __str__(self) -> str:
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
 def bootstrap(statistic: Callable[[Mapping[str, float]], float], arms: Mapping[str, Scores], *, draws: int = 4000,
-              level: float = 0.95, seed: int = 0) -> Effect:
+              level: float = LEVEL, seed: int = 0) -> Effect:
     r"""Percentile interval of a statistic of arm scores, resampling seeds and items.
 
     Every draw takes seeds and items with replacement, the *same* ones for every arm: arms that share seeds and items
@@ -72,6 +77,20 @@ def bootstrap(statistic: Callable[[Mapping[str, float]], float], arms: Mapping[s
     return Effect(statistic({name: s.mean() for name, s in arms.items()}), float(low), float(high), level)
 
 
+def over_seeds(statistic: Callable[[NDArray[np.intp]], float], n: int, *, draws: int = 4000, level: float = LEVEL, seed: int = 0) -> Effect:
+    """Percentile interval of a statistic of ``n`` seeds, resampling seeds; ``statistic`` takes their numbers. Narrow rather than wide
+    for few seeds, as :func:`bootstrap`.
+
+    >>> x = np.array([1.0, 2.0, 3.0])
+    >>> over_seeds(lambda seeds: x[seeds].mean(), 3, draws=100).value
+    2.0
+    """
+    rng = np.random.default_rng(seed)
+    values = [statistic(rng.integers(n, size=n)) for _ in range(draws)]
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    return Effect(float(statistic(np.arange(n))), float(low), float(high), level)
+
+
 def factorial(own_old: float, own_new: float, foreign_old: float, foreign_new: float) -> dict[str, float]:
     r"""Main effects of style and content in a 2 x 2 design, their interaction, and the style-induced share.
 
@@ -92,13 +111,16 @@ def factorial(own_old: float, own_new: float, foreign_old: float, foreign_new: f
 
 
 def judge(effect: Effect, *, sesoi: float, predicted: Literal["+", "-"] = "+") -> Verdict:
-    """The verdict by rule on an effect predicted to be positive (or negative).
+    """The verdict by rule on an effect predicted to be above ``sesoi`` (or, with "-", below ``-sesoi``).
 
     *supported* if the whole interval lies beyond the smallest effect of interest on the predicted side;
-    *contradicted* if it lies wholly on the other side of that bound; else *inconclusive*.
+    *contradicted* if it lies wholly on the other side of that bound; else *inconclusive*. ``sesoi`` may be negative: "-" with
+    -1e-8 predicts an effect of less than 1e-8.
 
     >>> judge(Effect(0.3, 0.2, 0.4), sesoi=0.1), judge(Effect(0.0, -0.1, 0.05), sesoi=0.1), judge(Effect(0.1, 0, 0.2), sesoi=0.1)
     ('supported', 'contradicted', 'inconclusive')
+    >>> judge(Effect(2e-12, 0, 3e-12), sesoi=-1e-8, predicted="-")
+    'supported'
     """
     low, high = (effect.low, effect.high) if predicted == "+" else (-effect.high, -effect.low)
     if not (np.isfinite(low) and np.isfinite(high)):
@@ -106,8 +128,37 @@ def judge(effect: Effect, *, sesoi: float, predicted: Literal["+", "-"] = "+") -
     return "supported" if low > sesoi else "contradicted" if high < sesoi else "inconclusive"
 
 
-def verdict(claim: str, statement: str, effect: Effect, *, sesoi: float, unit: str,
-            predicted: Literal["+", "-"] = "+") -> dict[str, Any]:
-    """A verdict as it is written beside a figure."""
-    return {"claim": claim, "statement": statement, "predicted": predicted, "smallest_effect_of_interest": sesoi,
-            "unit": unit, **asdict(effect), "verdict": judge(effect, sesoi=sesoi, predicted=predicted)}
+def judge_range(effect: Effect, low: float, high: float) -> Verdict:
+    """The verdict by rule on an effect predicted to lie in ``low`` ... ``high``.
+
+    >>> [judge_range(Effect(1, a, b), 0.9, 1.1) for a, b in ((0.95, 1.05), (1.2, 1.3), (1.0, 1.2))]
+    ['supported', 'contradicted', 'inconclusive']
+    """
+    if low <= effect.low and effect.high <= high:
+        return "supported"
+    return "contradicted" if effect.high < low or effect.low > high else "inconclusive"
+
+
+def verdict(prediction: Prediction, effect: Effect, *, n: int, **conditions: Any) -> dict[str, Any]:
+    """The record of a result, as it is written beside a figure; what it says of the prediction follows by :func:`judge`.
+
+    ``n``: the seeds that the interval resamples; ``conditions``: what else a reader should know, such as the number of items.
+    """
+    if effect.level < LEVEL:
+        raise ValueError(f"verdicts need intervals of level {LEVEL} or more, got {effect.level} for {prediction.id}")
+    if n < 1:
+        raise ValueError(f"n must be at least 1, got {n} for {prediction.id}")
+    return {"prediction": prediction.id, "claim": prediction.claim, "statement": prediction.statement,
+            "predicted": prediction.predicted, "sesoi": prediction.sesoi, "unit": prediction.unit, **asdict(effect), "n": n,
+            "conditions": conditions, "verdict": judge(effect, sesoi=prediction.sesoi, predicted=prediction.predicted)}
+
+
+def config_hash(provenance: Mapping[str, Any]) -> str:
+    """SHA-256 of what a result came from, the versions of packages left out.
+
+    >>> config_hash({"steps": 8, "versions": {"numpy": "2.0"}}) == config_hash({"versions": {}, "steps": 8})
+    True
+    """
+    # By way of JSON, so that tuples and keys that are numbers hash as they do when read back.
+    plain = json.loads(json.dumps({k: v for k, v in provenance.items() if k != "versions"}))
+    return hashlib.sha256(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -14,6 +14,9 @@ C3   style is the larger part: style-induced share of forgetting > 1/2.
 C10  SA-SFT (exact sampler) forgets less than the task alone, and than the task repeated at the same tokens.
 C11  the paper's sampler sharpens: after SA-SFT with it, the entropy on held-out prompts is lower than with the exact one.
 
+``studies/two_by_two_predictions.py`` spells them out for every style and probe; C10 is judged for the paper's sampler, and against
+self-data with shuffled tokens, by the same bound.
+
 The probes are three, so that none decides alone: self-prompts answered by the exact sampler (which favour an arm
 trained on such data by construction), self-prompts answered by the paper's sampler (likewise the other way), and human
 prose as answers in a chat, which favours neither. The NLL of human prose outside a chat is reported beside them.

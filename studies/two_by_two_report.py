@@ -11,13 +11,10 @@ import drift
 from studies.arms import scores
 from studies.figures import DARK, LIGHT, MARKERS, MIDDLE, error_bars, new_figure, save
 from studies.stats import Effect, Scores, bootstrap, factorial, verdict
+from studies.two_by_two_predictions import KL_PROBES, MEAN, PREDICTIONS, RIVALS, SAMPLERS, SESOI_SHARE, prediction_id
 
-SESOI_KL = 0.01  # nats a token
-SESOI_SHARE = 0.5
-SESOI_ENTROPY = 0.02  # nats a token
 MAIN_PROBE = "self_exact"
-KL_PROBES = {"self_exact": "self-prompts, exact sampler", "human_chat": "human prose as answers",
-             "self_paper": "self-prompts, paper's sampler"}
+PREDICTED = {prediction.id: prediction for prediction in PREDICTIONS}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +32,11 @@ class Outcome:
     def score(self, arm: str, probe: str, metric: str) -> Scores:
         """An arm's scores on a probe over seeds and items."""
         return scores(self.results, arm, probe, metric, self.seeds)
+
+    def judged(self, effect: Effect, claim: str, *parts: str) -> dict[str, Any]:
+        """The record of an effect on the probe that is the last of a prediction's ``parts``."""
+        return verdict(PREDICTED[prediction_id(claim, *parts)], effect, n=self.seeds,
+                       items=len(self.score(self.arms[0], parts[-1], "kl_base_model").tokens))
 
     @property
     def kl_probes(self) -> dict[str, str]:
@@ -97,7 +99,7 @@ def cell_effects(outcome: Outcome, probe: str) -> dict[str, dict[str, Effect]]:
         return outcome.score(name, probe, "kl_base_model")
 
     effects: dict[str, dict[str, Effect]] = {}
-    for label, members in [*((s, (s,)) for s in outcome.styles), ("mean of styles", outcome.styles)]:
+    for label, members in [*((s, (s,)) for s in outcome.styles), (MEAN, outcome.styles)]:
         arms = {f"{s}/{c}": cell(f"{s}/{c}") for s in ("own", *members) for c in ("old", "new")}
 
         def quantities(m: Mapping[str, float], members: Sequence[str] = members) -> dict[str, float]:
@@ -114,19 +116,15 @@ def cell_effects(outcome: Outcome, probe: str) -> dict[str, dict[str, Effect]]:
 def sampler_verdicts(outcome: Outcome) -> list[dict[str, Any]]:
     """Verdicts on SA-SFT against its controls (C10) and on the two samplers (C11), on every probe."""
     verdicts = []
-    for probe, label in outcome.kl_probes.items():
-        arms = {name: outcome.score(name, probe, "kl_base_model")
-                for name in ("task only", "task repeated", "SA-SFT exact", "SA-SFT paper", "self shuffled")}
-        for rival in ("task only", "task repeated", "self shuffled"):
-            for sampler in ("exact", "paper"):
+    for probe in outcome.kl_probes:
+        arms = {name: outcome.score(name, probe, "kl_base_model") for name in (*RIVALS, *(f"SA-SFT {s}" for s in SAMPLERS))}
+        for rival in RIVALS:
+            for sampler in SAMPLERS:
                 effect = bootstrap(lambda m, r=rival, s=sampler: m[r] - m[f"SA-SFT {s}"], arms)
-                verdicts.append(verdict("C10", f"SA-SFT ({sampler} sampler) forgets less than {rival}; KL on {label}", effect,
-                                        sesoi=SESOI_KL, unit="nats/token"))
-    for probe, label in outcome.kl_probes.items():
-        arms = {s: outcome.score(f"SA-SFT {s}", probe, "entropy_model") for s in ("exact", "paper")}
-        effect = bootstrap(lambda m: m["exact"] - m["paper"], arms)
-        verdicts.append(verdict("C11", f"entropy is lower after SA-SFT with the paper's sampler; on {label}", effect,
-                                sesoi=SESOI_ENTROPY, unit="nats/token"))
+                verdicts.append(outcome.judged(effect, "C10", sampler, rival, probe))
+    for probe in outcome.kl_probes:
+        arms = {s: outcome.score(f"SA-SFT {s}", probe, "entropy_model") for s in SAMPLERS}
+        verdicts.append(outcome.judged(bootstrap(lambda m: m["exact"] - m["paper"], arms), "C11", probe))
     return verdicts
 
 
@@ -174,11 +172,8 @@ def draw_cells(outcome: Outcome, table: Sequence[Mapping[str, Any]], folder: Pat
     verdicts = []
     for probe, group in by_probe.items():
         for style, e in group.items():
-            where = f"{style}; KL on {outcome.kl_probes[probe]}"
-            verdicts.append(verdict("C2", f"style alone makes the model forget ({where})", e["foreign_old - own_old"],
-                                    sesoi=SESOI_KL, unit="nats/token"))
-            verdicts.append(verdict("C3", f"style is the larger part of forgetting ({where})", e["share"],
-                                    sesoi=SESOI_SHARE, unit="share"))
+            verdicts.append(outcome.judged(e["foreign_old - own_old"], "C2", style, probe))
+            verdicts.append(outcome.judged(e["share"], "C3", style, probe))
     return save(figure, folder, "two_by_two_cells", rows, verdicts, outcome.provenance), verdicts
 
 

@@ -1,15 +1,22 @@
 """Intervals that cover, effects that add up, verdicts by rule."""
 
+import json
+
 import numpy as np
 import pytest
 
-from studies.stats import Effect, Scores, bootstrap, factorial, judge, verdict
+from studies.claims import Prediction
+from studies.stats import Effect, Scores, bootstrap, config_hash, factorial, judge, judge_range, verdict
 
 
 def draw(rng: np.random.Generator, seeds: int, items: int, mean: float, seed_noise: np.ndarray, item_noise: np.ndarray) -> Scores:
     tokens = np.full(items, 10.0)
     rate = mean + seed_noise[:, None] + item_noise[None] + 0.02 * rng.normal(size=(seeds, items))
     return Scores(rate * tokens, tokens)
+
+
+def prediction(predicted, sesoi: float) -> Prediction:
+    return Prediction(id="C2/demo/a", claim="C2", statement="text", predicted=predicted, sesoi=sesoi, unit="nats", study="demo")
 
 
 def test_pairing_takes_out_what_arms_share() -> None:
@@ -57,5 +64,35 @@ def test_main_effects_add_up_to_the_gap() -> None:
 ])
 def test_verdicts_follow_the_rule(low: float, high: float, predicted, expected: str) -> None:
     assert judge(Effect((low + high) / 2, low, high), sesoi=0.1, predicted=predicted) == expected
-    written = verdict("C0", "text", Effect(0.3, low, high), sesoi=0.1, unit="nats", predicted=predicted)
-    assert written["verdict"] == expected and written["low"] is low and written["smallest_effect_of_interest"] == 0.1
+    written = verdict(prediction(predicted, 0.1), Effect(0.3, low, high), n=3, items=16)
+    assert written["verdict"] == expected and written["low"] is low and written["sesoi"] == 0.1
+    assert written["prediction"] == "C2/demo/a" and written["n"] == 3 and written["conditions"] == {"items": 16}
+
+
+@pytest.mark.parametrize("low, high, predicted, expected", [
+    (0.0, 9e-9, "-", "supported"), (-1.0, -0.5, "-", "supported"), (0.0, 2e-8, "-", "inconclusive"), (2e-8, 3e-8, "-", "contradicted"),
+    (-9e-9, 1.0, "+", "supported"), (-1.0, -2e-8, "+", "contradicted"),
+])
+def test_a_negative_sesoi_bounds_what_should_be_about_zero(low: float, high: float, predicted, expected: str) -> None:
+    assert verdict(prediction(predicted, -1e-8), Effect(low, low, high), n=1)["verdict"] == expected
+
+
+def test_verdicts_need_repetitions_and_the_agreed_level() -> None:
+    with pytest.raises(ValueError, match="level 0.95 or more, got 0.5 for C2/demo/a"):
+        verdict(prediction("+", 0.1), Effect(1.0, 1.0, 1.0, 0.5), n=3)
+    with pytest.raises(ValueError, match="n must be at least 1, got 0 for C2/demo/a"):
+        verdict(prediction("+", 0.1), Effect(1.0, 1.0, 1.0), n=0)
+
+
+@pytest.mark.parametrize("low, high, expected", [
+    (0.95, 1.05, "supported"), (0.9, 1.0, "inconclusive"), (0.5, 0.94, "contradicted"), (1.06, 2.0, "contradicted"),
+    (0.5, 2.0, "inconclusive"), (float("nan"), 1.0, "inconclusive"),
+])
+def test_a_range_is_judged_by_rule(low: float, high: float, expected: str) -> None:
+    assert judge_range(Effect(1.0, low, high), 0.95, 1.05) == expected
+
+
+def test_the_configuration_hash_survives_a_file_and_leaves_versions_out() -> None:
+    provenance = {"styles": ("a", "b"), "steps": {2: 1, 10: 3}, "lr": 3e-5, "versions": {"torch": "2"}}
+    assert config_hash(provenance) == config_hash(json.loads(json.dumps({**provenance, "versions": {"torch": "3"}})))
+    assert config_hash(provenance) != config_hash({**provenance, "lr": 3e-4})

@@ -16,7 +16,7 @@ from sasft.sampling import EXACT, Sample
 from sasft.selfdialogue import Writer
 from sasft.tasks import get_task
 from sasft.train import FitSettings
-from studies import cells
+from studies import cells, ledger
 from studies.arms import Arm, TrainingSettings, plan_for
 from tests.sasft import tiny_chat
 
@@ -152,6 +152,15 @@ def test_the_study_from_nothing_to_its_figures_and_again(model: Path, tmp_path: 
     monkeypatch.setattr("studies.arms._run_pool", None)  # everything is there already
     study.run(profile(model), tmp_path / "runs", tmp_path / "figures", 1)
     assert {p: p.read_bytes() for p in (tmp_path / "figures").iterdir()} == pictures
+
+    assert ledger.main(["--figures", str(tmp_path / "figures")]) == 0
+    kept = {r["prediction"]: r for r in csv.DictReader((tmp_path / "figures" / "ledger.csv").open())}
+    for claim, n in (("C2", 6), ("C3", 6), ("C10", 12), ("C11", 2)):
+        assert sum(r["claim"] == claim and r["verdict"] != ledger.UNTESTED for r in kept.values()) == n
+    assert float(kept["C2/two_by_two/capitals/self_exact"]["value"]) == pytest.approx(
+        next(float(r["value"]) for r in rows if (r["probe"], r["style"], r["quantity"]) == ("self_exact", "capitals", "foreign_old - own_old")),
+        rel=1e-5)
+    assert kept["C2/two_by_two/capitals/human_chat"]["conditions"] == "items 3"
 
 
 def test_main_names_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
