@@ -5,6 +5,7 @@ import hashlib
 import json
 import logging
 import os
+import threading
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -83,7 +84,7 @@ def ensure_writable(folder: Path | str) -> None:
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".write-test-{os.getpid()}"
+        probe = folder / f".write-test-{os.getpid()}-{threading.get_ident()}"
         probe.touch()
         probe.unlink()
     except OSError as error:
@@ -94,7 +95,7 @@ def ensure_writable(folder: Path | str) -> None:
 def write_json(path: Path | str, data: Any) -> None:
     """Write JSON by way of a temporary file: ``path`` holds its old content or all of the new."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}")
     try:
         text = json.dumps(data, indent=1, ensure_ascii=False) + "\n"
         temporary.write_text(text, encoding="utf-8")

@@ -12,6 +12,7 @@ from typing import Literal
 
 MODULES = (
     "studies.two_by_two_predictions",
+    "studies.lab.predictions",
 )
 
 

@@ -13,8 +13,18 @@ from torch.func import functional_call, grad, jacrev, jvp, vmap
 
 from studies.lab.model import Params, Support, flat, log_probs, unflat
 from studies.lab.tree import (
-    CONTENT, DEPTHS, FINISHED, LENGTHS, N_NODES, NODES, PROMPTS, RESPONSES, flow, response_probabilities)
-
+    CONTENT,
+    DEPTHS,
+    DIGITS,
+    FINISHED,
+    LENGTHS,
+    N_NODES,
+    NODES,
+    PROMPTS,
+    RESPONSES,
+    flow,
+    response_probabilities,
+)
 
 ROWS_AT_ONCE = 1024  # prefixes whose gradients are in memory together
 
@@ -182,6 +192,12 @@ def entropy(log_p: Tensor, prompts: Tensor) -> Tensor:
 def says(log_p: Tensor, facts: Tensor) -> Tensor:
     """Probability [..., X] that a response says the fact of its prompt ``facts`` [..., X], whatever its style."""
     return (response_probabilities(log_p) * (facts.unsqueeze(-1) == CONTENT)).sum(-1)
+
+
+def contents(log_p: Tensor) -> Tensor:
+    """Probabilities [..., X, 1 + digits] of what a response says: nothing, or which digit, whatever its style."""
+    p = response_probabilities(log_p)
+    return torch.stack([(p * (c == CONTENT)).sum(-1) for c in (-1, *DIGITS)], -1)
 
 
 def tokens(log_p: Tensor, prompts: Tensor) -> Tensor:

@@ -161,8 +161,8 @@ def measure(bases: Bases, weights: Tensor) -> dict[str, Tensor]:
     """What models with ``weights`` [..., S, P] have learned and forgotten, each [..., S].
 
     ``kl``, ``kl_task``, ``kl_dropped``, ``kl_all``: KL(base ‖ model) in nats a token on the other topics' prompts, the task's, the dropped topic's, all.
-    ``fact``, ``fact_dropped``: fall of the probability that an answer says the old fact, in whatever style. ``gain``: rise of the
-    probability that a task's answer says what the task says. ``entropy``: of answers on other topics, nats a token of the base's. ``drift``: ‖δ‖₂.
+    ``content``, ``content_dropped``: KL of *what* is said (the first digit, or none) whatever the style, nats a response. ``fact``: fall of the
+    probability that an answer says the old fact. ``gain``: rise of the probability that a task's answer says what the task says. ``entropy``: of answers on other topics, nats a token of the base's. ``drift``: ‖δ‖₂.
     """
     lead, seeds = weights.shape[:-2], weights.shape[-2]
     log_p = tables(bases.model, weights.flatten(0, -2), bases.params).unflatten(0, (*lead, seeds))
@@ -174,11 +174,14 @@ def measure(bases: Bases, weights: Tensor) -> dict[str, Tensor]:
         reached = flow(bases.own) * prompts[:, None, None]
         return (reached * (bases.log_p - log_p)).sum((-1, -2, -3)) / exact.tokens(bases.log_p, prompts)
 
+    said, saying = exact.contents(bases.log_p), exact.contents(log_p)
+    of_content = (said * (said / saying).log()).sum(-1)
     says_old, said_old = exact.says(log_p, facts), exact.says(bases.log_p, facts)
     says_true, said_true = exact.says(log_p, truth), exact.says(bases.log_p, truth)
     return {
         "kl": forgotten(others), "kl_task": forgotten(task), "kl_dropped": forgotten(dropped), "kl_all": forgotten(everything),
-        "fact": ((said_old - says_old) * others).sum(-1), "fact_dropped": ((said_old - says_old) * dropped).sum(-1),
+        "content": (of_content * others).sum(-1), "content_dropped": (of_content * dropped).sum(-1),
+        "fact": ((said_old - says_old) * others).sum(-1),
         "gain": ((says_true - said_true) * task).sum(-1),
         "entropy": exact.entropy(log_p, others) / exact.tokens(bases.log_p, others),
         "drift": (weights - flat_stacked(bases.params)).norm(dim=-1),

@@ -15,13 +15,15 @@ from studies.lab.world import prompts_of
 
 @dataclass(frozen=True)
 class Start:
-    r"""``task`` [P] and ``hessian`` [P, P]: the task's gradient and Hessian H; ``fisher_self``, ``fisher_others``: F on self-prompts, and on the
+    r"""``task`` [P] and ``hessian`` [P, P]: the task's gradient and Hessian H; ``gauss_newton``: the
+    part of H that is positive semidefinite, :math:`\mathbb E\sum_tJ_t^\top(\operatorname{diag}p-pp^\top)J_t`; ``fisher_self``, ``fisher_others``: F on self-prompts, and on the
     topics that are to be kept. ``style``, ``content`` [X, P]: for each prompt the expected gradients' main effects
     :math:`\tfrac12[(g^{fo}-g^{oo})+(g^{fn}-g^{on})]` and :math:`\tfrac12[(g^{on}-g^{oo})+(g^{fn}-g^{fo})]`.
     """
 
     task: Tensor
     hessian: Tensor
+    gauss_newton: Tensor
     fisher_self: Tensor
     fisher_others: Tensor
     style: Tensor
@@ -32,20 +34,27 @@ class Start:
         """Compute all of it for one seed; a few seconds, most of it for the Fisher matrices."""
         model, params = bases.model, bases.one(seed)
         fisher = [exact.fisher(model, params, prompts_of([t])) for t in range(len(TOPICS))]
-        task = Expected(model, flow(rows_of_cell(bases, seed, "foreign", "new")))
+        task = flow(rows_of_cell(bases, seed, "foreign", "new"))
+        gauss_newton = exact.fisher(model, params, prompts_of(TASK), task.sum(-1, keepdim=True) * bases.log_p[seed].exp())
+        expected = Expected(model, task)
         cells = {(s, c): _by_prompt(bases, seed, s, c) for s in ("own", "foreign") for c in ("old", "new")}
         fo, fn, oo, on = (cells[s, c] for s in ("foreign", "own") for c in ("old", "new"))
-        return cls(task.gradient(params), task.hessian(params), _mean(fisher, ALL), _mean(fisher, OTHERS),
+        return cls(expected.gradient(params), expected.hessian(params), gauss_newton, _mean(fisher, ALL), _mean(fisher, OTHERS),
                    ((fo - oo) + (fn - on)) / 2, ((on - oo) + (fn - fo)) / 2)
 
-    def directions(self, topics: Sequence[int] = TASK) -> tuple[Tensor, Tensor]:
-        """Unit vectors [P] along the mean style effect and the mean content effect on the prompts of some topics."""
-        at = prompts_of(topics)
-        return tuple(v / v.norm() for v in (at @ self.style, at @ self.content))
+    def spans(self, topics: Sequence[int] = TASK) -> dict[str, Tensor]:
+        """Orthonormal bases [P, k] of the span of style's effects on the prompts of some topics, and of what is left of content's beside it."""
+        at = prompts_of(topics) > 0
+        style = torch.linalg.qr(self.style[at].T)[0]
+        content = self.content[at].T
+        return {"style": style, "content": torch.linalg.qr(content - style @ (style.T @ content))[0]}
 
-    def descent(self, lam: float, lr: float, record: Sequence[int]) -> Tensor:
-        r"""Drift [K, P] that gradient descent on the quadratic model reaches (F5): :math:`\delta\leftarrow\delta-\mathrm{lr}[(1-\lambda)(g+H\delta)+\lambda F\delta]`."""
-        curvature = (1 - lam) * self.hessian + lam * self.fisher_self
+    def descent(self, lam: float, lr: float, record: Sequence[int], *, gauss_newton: bool = False) -> Tensor:
+        r"""Drift [K, P] that gradient descent on the quadratic model reaches (F5): :math:`\delta\leftarrow\delta-\mathrm{lr}[(1-\lambda)(g+H\delta)+\lambda F\delta]`.
+
+        H may be indefinite, and then δ grows without bound; ``gauss_newton`` puts its positive semidefinite part in its place.
+        """
+        curvature = (1 - lam) * (self.gauss_newton if gauss_newton else self.hessian) + lam * self.fisher_self
         drift, found = torch.zeros_like(self.task), []
         for step in range(record[-1] + 1):
             if step in record:

@@ -1,0 +1,128 @@
+"""From the lab's tables to effects with intervals over seeds, one for every prediction."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import rankdata, spearmanr
+
+from studies.lab.experiment import DISTANCES, LAMBDAS, TASK_ONLY
+from studies.stats import Effect, factorial, over_seeds
+
+Rows = Sequence[Mapping[str, Any]]
+ACCOUNTS = {
+    "fisher": "Fisher-weighted drift ½ δᵀFδ", "fisher_diagonal": "… with F's diagonal only", "kl": "KL on the kept topics", "kl_task": "KL on the task's prompts",
+    "l2": "‖δ‖₂", "spectral": "largest spectral norm of δ", "perplexity": "NLL of the data under p₀", "style_distance": "style distance of the data"}
+
+
+def column(rows: Rows, name: str, n: int, **where: Any) -> NDArray[np.float64]:
+    """One number a seed, [S], from the rows that match ``where``."""
+    found = {row["seed"]: row[name] for row in rows if all(row[k] == v for k, v in where.items())}
+    if sorted(found) != list(range(n)):
+        raise ValueError(f"no {name} for each of {n} seeds where {where}; seeds found: {sorted(found)}")
+    return np.array([found[seed] for seed in range(n)])
+
+
+def at_gain(rows: Rows, metric: str, arm: str, gain: NDArray[np.float64], n: int) -> NDArray[np.float64]:
+    """An arm's forgetting [S] at the point of its course where it has first gained so much; nan where it never does."""
+    found = np.full(n, np.nan)
+    for seed in range(n):
+        course = sorted((r["step"], r["gain"], r[metric]) for r in rows if r["arm"] == arm and r["seed"] == seed)
+        for (_, g0, f0), (_, g1, f1) in zip(course, course[1:], strict=False):
+            if g0 <= gain[seed] <= g1:
+                found[seed] = f0 + (f1 - f0) * (gain[seed] - g0) / (g1 - g0) if g1 > g0 else f0
+                break
+    return found
+
+
+def at_equal_gain(rows: Rows, metric: str, n: int, arm: str, other: str = TASK_ONLY) -> NDArray[np.float64]:
+    """What ``other`` forgets more than ``arm`` [S], both at the gain that the poorer of the two ends with."""
+    last = max(row["step"] for row in rows)
+    gain = np.minimum(column(rows, "gain", n, arm=arm, step=last), column(rows, "gain", n, arm=other, step=last))
+    return at_gain(rows, metric, other, gain, n) - at_gain(rows, metric, arm, gain, n)
+
+
+def effects(tables: Mapping[str, Rows], n: int) -> dict[str, Effect]:
+    """The effect that each of the lab's predictions is about, by its id."""
+    arms, forces, push, dose, start = (tables[k] for k in ("arms", "forces", "push", "dose", "start"))
+    last = max(row["step"] for row in arms)
+
+    def end(metric: str, arm: str) -> NDArray[np.float64]:
+        return column(arms, metric, n, arm=arm, step=last)
+
+    def mean(values: NDArray[np.float64]) -> Effect:
+        return over_seeds(lambda s: values[s].mean(), n)
+
+    def force(source: str) -> Effect:
+        return mean(column(forces, "of_task", n, source=source))
+
+    def difference(metric: str, a: str, b: str) -> Effect:
+        return mean(end(metric, a) - end(metric, b))
+
+    def share(metric: str) -> Effect:
+        cells = [end(metric, arm) for arm in ("own/old", "own/new", "foreign/old", TASK_ONLY)]
+        return over_seeds(lambda s: factorial(*(c[s].mean() for c in cells))["share"], n)
+
+    def kept(metric: str) -> Effect:
+        alone, full, without = (end(metric, arm) for arm in (TASK_ONLY, "SA-SFT 0.5", "SA-SFT without a topic"))
+        return over_seeds(lambda s: (alone[s] - without[s]).mean() / (alone[s] - full[s]).mean(), n)
+
+    def start_difference(name: str) -> Effect:
+        return mean(column(start, f"{name}_style", n) - column(start, f"{name}_content", n))
+
+    def removed(kind: str) -> NDArray[np.float64]:
+        free, held = (column(dose, f"along_{kind}", n, lam=lam, step=last) for lam in (0.0, 0.5))
+        return 1 - held / free
+
+    def missed(foretold: str, step: int) -> Effect:
+        """Mean |log(foretold/observed)| over λ; a prediction without bound counts as e^10 times too large."""
+        errors = [np.abs(np.log(column(dose, foretold, n, lam=lam, step=step) / column(arms, "kl", n, arm=arm, step=step)))
+                  for lam, arm in [(0.0, TASK_ONLY), *((lam, f"SA-SFT {lam}") for lam in LAMBDAS)]]
+        return mean(np.minimum(errors, 10).mean(0))
+
+    def lead(outcome: str) -> Effect:
+        race = Race(tables, outcome, n)
+        return over_seeds(lambda s: race.correlation("fisher", s) - race.correlation("l2", s), n)
+
+    order = np.array([spearmanr(DISTANCES, [end("kl", f"external {d}")[s] for d in DISTANCES]).statistic for s in range(n)])
+    return {
+        "C1/lab/exact": force("exact"), "C1/lab/paper": force("paper (0.7, 0.9)"), "C1/lab/paper below task": force("paper (0.7, 0.9)"),
+        "C1/lab/mean loss": force("mean over each response"), "C1/lab/deduplicated": force("repeats dropped (100 rows)"),
+        "C2/lab/kl": difference("kl", "foreign/old", "own/old"), "C2/lab/content": difference("content", "foreign/old", "own/old"),
+        "C3/lab/kl": share("kl"), "C3/lab/content": share("content"),
+        "C4/lab/coherence": start_difference("coherence"), "C4/lab/shared": start_difference("cos_topics"),
+        "C5/lab/kl": lead("kl"), "C5/lab/content": lead("content"),
+        "C6/lab/slope": mean(np.abs(_smallest(push, n) - 1)),
+        "C6/lab/push": mean(column(push, "cos_drift", n, course=TASK_ONLY, step=last)),
+        "C6/lab/against the task": mean(column(push, "cos_task", n, course="SA-SFT 0.5", step=last)),
+        "C7/lab/selective": mean(removed("style") - removed("content")),
+        "C7/lab/dose, early": missed("kl_foretold", 5), "C7/lab/dose, end": missed("kl_foretold", last),
+        "C7/lab/dose, end, Gauss-Newton": missed("kl_foretold_gn", last),
+        "C8/lab/kl": difference("kl", "external 1.0", "SA-SFT 0.5"), "C8/lab/content": difference("content", "external 1.0", "SA-SFT 0.5"),
+        "C8/lab/order": mean(order),
+        "C9/lab/kl": kept("kl_dropped"), "C9/lab/content": kept("content_dropped"),
+        "C10/lab/kl": mean(at_equal_gain(arms, "kl", n, "SA-SFT 0.5")), "C10/lab/content": mean(at_equal_gain(arms, "content", n, "SA-SFT 0.5")),
+        "C11/lab/exact": difference("entropy", "SA-SFT 0.5", "own/old"), "C11/lab/paper": difference("entropy", "SA-SFT paper", "SA-SFT 0.5"),
+    }
+
+
+def _smallest(push: Rows, n: int) -> NDArray[np.float64]:
+    line = [row for row in push if row["course"] == "line"]
+    return np.array([min((r for r in line if r["seed"] == s), key=lambda r: r["drift"])["slope"] for s in range(n)])
+
+
+class Race:
+    """Rank correlation (Spearman) of every account of forgetting with what was forgotten, over all arms and steps after the start."""
+
+    def __init__(self, tables: Mapping[str, Rows], outcome: str, n: int) -> None:
+        accounts = {(r["arm"], r["seed"], r["step"]): r for r in tables["accounts"]}
+        rows = [{**r, **accounts[r["arm"], r["seed"], r["step"]]} for r in tables["arms"] if r["step"] > 0 and r["arm"] != "own/old"]
+        by_seed = [[r for r in rows if r["seed"] == seed] for seed in range(n)]
+        self.outcome = np.array([[r[outcome] for r in some] for some in by_seed])
+        self.accounts = {name: np.array([[r[name] for r in some] for some in by_seed]) for name in ACCOUNTS if name != outcome}
+
+    def correlation(self, account: str, seeds: NDArray[np.intp]) -> float:
+        """Over the given seeds together."""
+        ranks = [rankdata(x[seeds].ravel()) for x in (self.accounts[account], self.outcome)]
+        return float(np.corrcoef(ranks)[0, 1])

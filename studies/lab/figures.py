@@ -1,0 +1,255 @@
+"""The lab's figures: each with its table and the verdicts that it shows."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from studies.figures import DARK, LIGHT, MARKERS, MIDDLE, error_bars, new_figure, save
+from studies.lab import calibration
+from studies.lab.effects import ACCOUNTS, Race, Rows, at_equal_gain, column
+from studies.lab.experiment import LAMBDAS, TASK_ONLY
+from studies.lab.sweeps import SA_SFT
+from studies.stats import Effect, over_seeds
+
+Verdicts = Mapping[str, Mapping[str, Any]]
+TOO_LARGE = 5.0  # nats a token, of a forecast that has left all bounds
+CELLS = ("own/old", "own/new", "foreign/old", TASK_ONLY)
+
+
+def draw_all(tables: Mapping[str, Rows], verdicts: Verdicts, n: int, folder: Path, provenance: Mapping[str, Any]) -> list[Path]:
+    """Draw every figure into ``folder``; returns the paths."""
+    paths: list[Path] = []
+    for draw, claims in ((draw_forces, ("C1",)), (draw_cells, ("C2", "C3", "C4")), (draw_push, ("C6",)), (draw_dose, ("C7",)),
+                         (draw_race, ("C5",)), (draw_mixing, ("C8", "C9", "C10", "C11")), (draw_phase, ()), (draw_limits, ())):
+        shown = [v for v in verdicts.values() if v["claim"] in claims]
+        paths += draw(tables, n, lambda figure, name, rows, shown=shown: save(figure, folder, name, rows, shown, provenance))
+    return [*paths, *calibration.draw(tables["calibration"], folder, provenance)]
+
+
+Save = Callable[[Any, str, Sequence[Mapping[str, Any]]], list[Path]]
+
+
+def _mean(values: NDArray[np.float64]) -> Effect:
+    return over_seeds(lambda s: values[s].mean(), len(values))
+
+
+def _row(effect: Effect, **where: Any) -> dict[str, Any]:
+    return {**where, "value": effect.value, "low": effect.low, "high": effect.high}
+
+
+def draw_forces(tables: Mapping[str, Rows], n: int, keep: Save) -> list[Path]:
+    """C1: forces at θ₀."""
+    names = list(dict.fromkeys(row["source"] for row in tables["forces"]))
+    found = [_mean(column(tables["forces"], "of_task", n, source=name)) for name in names]
+    order = np.argsort([e.value for e in found])
+    figure, axis = new_figure(7.2, 3.9)
+    floor = 1e-17
+    for place, k in enumerate(order):
+        e = found[k]
+        colour = LIGHT if e.value < 1e-8 else MIDDLE if names[k] in ("own answers, foreign style", "truth, own style", "task") else DARK
+        axis.barh(place, max(e.value, floor), left=0, color=colour, edgecolor="black", linewidth=0.6, log=True)
+        axis.errorbar(e.value, place, xerr=error_bars([e]), fmt="none", ecolor="black", capsize=2, linewidth=0.9)
+        axis.text(max(e.high, floor) * 1.6, place, f"{e.value:.1e}" if e.value < 1e-3 else f"{e.value:.3f}", va="center", fontsize=7.5)
+    axis.set_yticks(range(len(names)), [names[k] for k in order])
+    axis.set_xscale("log")
+    axis.set_xlim(floor, 300)
+    axis.set_xlabel("‖expected gradient at θ₀‖, as a share of the task's (log scale)")
+    axis.set_title("Only self-data as the model gives them exert no force", loc="left")
+    return keep(figure, "lab_forces", [_row(found[k], source=names[k]) for k in order])
+
+
+def draw_cells(tables: Mapping[str, Rows], n: int, keep: Save) -> list[Path]:
+    """C2, C3: the four cells, by whole responses and by what they say."""
+    arms = tables["arms"]
+    last = max(row["step"] for row in arms)
+    labels = ("own style\nold content", "own style\nnew content", "foreign style\nold content", "foreign style\nnew content")
+    figure, axes = new_figure(8.0, 3.5, 2)
+    rows = []
+    for axis, (metric, unit, title) in zip(axes, (("kl", "nats/token", "In how it answers: KL of whole responses"),
+                                                  ("content", "nats/response", "In what it says: KL of the content alone")), strict=True):
+        found = [_mean(column(arms, metric, n, arm=arm, step=last)) for arm in CELLS]
+        axis.bar(range(4), [e.value for e in found], color=[LIGHT, LIGHT, MIDDLE, MIDDLE], hatch=["", "//", "", "//"], edgecolor="black", linewidth=0.7)
+        axis.errorbar(range(4), [e.value for e in found], yerr=error_bars(found), fmt="none", ecolor="black", capsize=3, linewidth=1)
+        axis.set_xticks(range(4), labels, fontsize=7.5)
+        axis.set_ylabel(f"forgetting on the other topics ({unit})")
+        axis.set_title(title, loc="left", fontsize=9)
+        rows += [_row(e, cell=arm, metric=metric, unit=unit) for arm, e in zip(CELLS, found, strict=True)]
+    return keep(figure, "lab_cells", rows)
+
+
+def draw_push(tables: Mapping[str, Rows], n: int, keep: Save) -> list[Path]:
+    """C6: the force of self-data against what F₄ foretells."""
+    line = [row for row in tables["push"] if row["course"] == "line"]
+    figure, (left, right) = new_figure(8.2, 3.5, 2)
+    for seed in range(n):
+        some = sorted((r for r in line if r["seed"] == seed), key=lambda r: r["drift"])
+        left.plot([r["drift"] for r in some], [r["slope"] for r in some], marker="o", markersize=3, color=DARK, alpha=0.6, linewidth=0.8)
+    left.axhline(1, color="black", linestyle="--", linewidth=0.8)
+    left.set_xscale("log")
+    left.set_xlabel("‖δ‖₂ on the line to where the task leads")
+    left.set_ylabel("slope of the self-data's gradient on F δ")
+    left.set_title("Close to θ₀ the push is F δ (each line a seed)", loc="left", fontsize=9)
+    rows = [{**r, "panel": "line"} for r in line]
+    steps = sorted({r["step"] for r in tables["push"] if r["course"] != "line"})
+    for k, (course, colour) in enumerate(((TASK_ONLY, DARK), ("SA-SFT 0.5", MIDDLE))):
+        for name, style, label in (("cos_drift", "-", "cos(g self, δ)"), ("cos_task", "--", "cos(g self, g task)")):
+            found = [_mean(column(tables["push"], name, n, course=course, step=step)) for step in steps]
+            right.errorbar(steps, [e.value for e in found], yerr=error_bars(found), color=colour, linestyle=style, marker=MARKERS[k], markersize=4,
+                           capsize=2, linewidth=1, label=f"{label}, {course.removesuffix(' 0.5')}")
+            rows += [{"panel": "course", "course": course, "step": step, "quantity": name, **_row(e)} for step, e in zip(steps, found, strict=True)]
+    right.axhline(0, color="black", linewidth=0.6)
+    right.set_xscale("log")
+    right.set_xlabel("step of gradient descent (log scale)")
+    right.set_ylabel("cosine")
+    right.set_ylim(-1.05, 1.05)
+    right.legend(frameon=False, fontsize=7, loc="center right")
+    right.set_title("It points home, against the task", loc="left", fontsize=9)
+    names = list(dict.fromkeys(k for r in rows for k in r))
+    return keep(figure, "lab_push", [{k: r.get(k, "") for k in names} for r in rows])
+
+
+def draw_dose(tables: Mapping[str, Rows], n: int, keep: Save) -> list[Path]:
+    """C7: forgetting against λ, foretold at θ₀ and observed; drift that λ removes along style and content."""
+    arms, dose = tables["arms"], tables["dose"]
+    steps = sorted({row["step"] for row in dose})
+    shown = (steps[2], steps[4], steps[-1])
+    figure, (left, right) = new_figure(8.6, 3.8, 2)
+    lams, rows = (0.0, *LAMBDAS), []
+    for step, colour, marker in zip(shown, (LIGHT, MIDDLE, DARK), MARKERS, strict=False):
+        observed = [_mean(column(arms, "kl", n, arm=TASK_ONLY if lam == 0 else f"SA-SFT {lam}", step=step)) for lam in lams]
+        left.errorbar(lams, [e.value for e in observed], yerr=error_bars(observed), fmt=marker, color=colour, markeredgecolor="black", ecolor="black",
+                      capsize=2, label=f"observed after {step} steps", linewidth=0.9)
+        for name, line in (("kl_foretold_gn", "-"), ("kl_foretold", ":")):
+            foretold = [np.exp(np.log(column(dose, name, n, lam=lam, step=step)).mean()) for lam in lams]
+            left.plot(lams, [f if f < TOO_LARGE else np.nan for f in foretold], linestyle=line, color=colour, linewidth=1.3)
+            rows += [{"step": step, "lam": lam, "quantity": name, "value": f, "low": "", "high": ""} for lam, f in zip(lams, foretold, strict=True)]
+        rows += [{"step": step, "lam": lam, "quantity": "kl", "value": e.value, "low": e.low, "high": e.high} for lam, e in zip(lams, observed, strict=True)]
+    left.set_yscale("log")
+    left.set_xlabel("λ, share of self-data")
+    left.set_ylabel("forgetting (KL, nats/token; log scale)")
+    left.set_title("The dose curve, and what θ₀ foretells of it", loc="left", fontsize=9)
+    left.plot([], [], color="black", label="foretold, Gauss-Newton part of H")
+    left.plot([], [], color="black", linestyle=":", label=f"foretold, H (beyond {TOO_LARGE:g}: not drawn)")
+    left.legend(frameon=False, fontsize=6.5, loc="lower left")
+    for kind, colour, marker in (("style", MIDDLE, "o"), ("content", DARK, "s")):
+        free = column(dose, f"along_{kind}", n, lam=0.0, step=steps[-1])
+        removed = [_mean(1 - column(dose, f"along_{kind}", n, lam=lam, step=steps[-1]) / free) for lam in LAMBDAS]
+        right.errorbar(LAMBDAS, [e.value for e in removed], yerr=error_bars(removed), color=colour, marker=marker, capsize=2, linewidth=1,
+                       label=f"in the span of {kind}'s gradients")
+        rows += [{"step": steps[-1], "lam": lam, "quantity": f"removed along {kind}", "value": e.value, "low": e.low, "high": e.high}
+                 for lam, e in zip(LAMBDAS, removed, strict=True)]
+    right.axhline(0, color="black", linewidth=0.6)
+    right.set_xlabel("λ, share of self-data")
+    right.set_ylabel("share of the drift that self-data remove")
+    right.set_title(f"Drift in style's and in content's span, after {steps[-1]} steps", loc="left", fontsize=9)
+    right.legend(frameon=False, fontsize=8)
+    return keep(figure, "lab_dose", rows)
+
+
+def draw_race(tables: Mapping[str, Rows], n: int, keep: Save) -> list[Path]:
+    """C5: which account ranks runs as their forgetting does."""
+    figure, axis = new_figure(7.4, 3.9)
+    rows = []
+    found = {(outcome, name): over_seeds(lambda s, r=race, k=name: r.correlation(k, s), n, draws=1000)
+             for outcome in ("kl", "content") for race in (Race(tables, outcome, n),) for name in race.accounts}
+    order = sorted(ACCOUNTS, key=lambda name: -found["content", name].value)
+    for k, (outcome, label, colour) in enumerate((("kl", "KL of whole responses", MIDDLE), ("content", "KL of what is said", DARK))):
+        names = [name for name in order if (outcome, name) in found]
+        effects = [found[outcome, name] for name in names]
+        axis.errorbar([e.value for e in effects], [order.index(name) + (k - 0.5) * 0.28 for name in names], xerr=error_bars(effects), fmt=MARKERS[k],
+                      color=colour, markeredgecolor="black", ecolor="black", capsize=2, linewidth=0.9, label=f"forgetting as {label}")
+        rows += [_row(e, outcome=outcome, account=ACCOUNTS[name]) for name, e in zip(names, effects, strict=True)]
+    axis.set_yticks(range(len(order)), [ACCOUNTS[name] for name in order])
+    axis.invert_yaxis()
+    axis.axvline(0, color="black", linewidth=0.6)
+    axis.set_xlim(-0.1, 1.02)
+    axis.set_xlabel("rank correlation with forgetting, over all arms, steps and seeds")
+    axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(0.12, 0.5))
+    axis.set_title("Which account foretells forgetting", loc="left")
+    return keep(figure, "lab_race", rows)
+
+
+def draw_mixing(tables: Mapping[str, Rows], n: int, keep: Save) -> list[Path]:
+    """C8 to C11: gain against drop on the course of each arm."""
+    arms = tables["arms"]
+    chosen = (TASK_ONLY, "task at half rate", "SA-SFT 0.5", "SA-SFT paper", "SA-SFT without a topic", "external 0.5", "external 1.0", "self shuffled")
+    steps = sorted({row["step"] for row in arms})
+    figure, axes = new_figure(9.2, 3.9, 2, sharey=True)
+    rows = []
+    for axis, (metric, unit) in zip(axes, (("kl", "KL of responses, nats/token"), ("content", "KL of what is said, nats/response")), strict=True):
+        for k, arm in enumerate(chosen):
+            lost = [_mean(column(arms, metric, n, arm=arm, step=step)) for step in steps]
+            gained = [_mean(column(arms, "gain", n, arm=arm, step=step)) for step in steps]
+            colour = (DARK, MIDDLE, LIGHT)[k % 3]
+            axis.plot([max(e.value, 1e-6) for e in lost[1:]], [e.value for e in gained[1:]], color=colour, linewidth=0.9)
+            axis.errorbar(lost[-1].value, gained[-1].value, xerr=error_bars(lost[-1:]), yerr=error_bars(gained[-1:]), fmt=MARKERS[k], color=colour,
+                          markeredgecolor="black", ecolor="grey", elinewidth=0.8, markersize=6.5, label=arm)
+            rows += [{"arm": arm, "step": step, "metric": metric, "drop": d.value, "drop_low": d.low, "drop_high": d.high, "gain": g.value,
+                      "gain_low": g.low, "gain_high": g.high} for step, d, g in zip(steps, lost, gained, strict=True)]
+        axis.set_xscale("log")
+        axis.set_xlabel(f"drop on the other topics\n({unit}; log scale)")
+    axes[0].set_ylabel("gain: rise of P(task's fact)\n(higher learns more)")
+    axes[0].set_title("Gain against drop: courses, and where they end", loc="left", fontsize=9)
+    axes[1].legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    return keep(figure, "lab_gain_drop", rows)
+
+
+def draw_phase(tables: Mapping[str, Rows], n: int, keep: Save) -> list[Path]:
+    """Where SA-SFT helps: coupling of style and content against capacity."""
+    sweep = [row for row in tables["sweeps"] if row["sweep"] == "phase"]
+    couplings, widths = sorted({r["coupling"] for r in sweep}), sorted({r["width"] for r in sweep})
+    figure, axes = new_figure(8.6, 3.4, 2)
+    rows = []
+    for axis, (metric, unit) in zip(axes, (("kl", "nats/token"), ("content", "nats/response")), strict=True):
+        grid = np.full((len(couplings), len(widths)), np.nan)
+        for i, coupling in enumerate(couplings):
+            for j, width in enumerate(widths):
+                some = [r for r in sweep if r["coupling"] == coupling and r["width"] == width]
+                values = at_equal_gain(some, metric, n, SA_SFT)
+                effect = _mean(values[np.isfinite(values)]) if np.isfinite(values).any() else Effect(np.nan, np.nan, np.nan)
+                grid[i, j] = effect.value
+                rows.append(_row(effect, metric=metric, unit=unit, coupling=coupling, width=width, seeds=int(np.isfinite(values).sum())))
+        top = np.nanmax(np.abs(grid))
+        image = axis.imshow(grid, origin="lower", aspect="auto", cmap="RdGy", vmin=-top, vmax=top)
+        for row in rows[-grid.size:]:
+            i, j = couplings.index(row["coupling"]), widths.index(row["width"])
+            axis.text(j, i, f"{row['value']:.2f}\n[{row['low']:.2f}, {row['high']:.2f}]", ha="center", va="center", fontsize=7,
+                      color="white" if abs(row["value"]) > 0.6 * top else "black")
+        axis.set_xticks(range(len(widths)), widths)
+        axis.set_yticks(range(len(couplings)), couplings)
+        axis.set_xlabel("width of the model")
+        axis.set_ylabel("coupling of style to content")
+        figure.colorbar(image, ax=axis, label=f"forgetting saved ({unit})")
+        axis.set_title("KL of whole responses" if metric == "kl" else "KL of what is said", loc="left", fontsize=9)
+    figure.suptitle("What SA-SFT (λ = ½) saves over the task alone, at equal gain", x=0.01, ha="left", fontsize=10)
+    return keep(figure, "lab_phase", rows)
+
+
+def draw_limits(tables: Mapping[str, Rows], n: int, keep: Save) -> list[Path]:
+    """How forgetting with and without self-data changes with every other thing that was varied."""
+    sweep = [row for row in tables["sweeps"] if row["sweep"] not in ("phase", "source")]
+    last = max(row["step"] for row in sweep)
+    names = list(dict.fromkeys(row["sweep"] for row in sweep))
+    conditions = [(name, value) for name in names for value in sorted({r["value"] for r in sweep if r["sweep"] == name})]
+    figure, axes = new_figure(8.6, 0.32 * len(conditions) + 1.3, 2, sharey=True)
+    rows = []
+    for axis, metric, unit in zip(axes, ("kl", "content"), ("nats/token", "nats/response"), strict=True):
+        for arm, colour, marker in ((TASK_ONLY, DARK, "o"), (SA_SFT, MIDDLE, "s")):
+            found = []
+            for name, value in conditions:
+                some = [r for r in sweep if r["sweep"] == name and r["value"] == value]
+                found.append(_mean(column(some, metric, n, arm=arm, step=last)))
+                gain = _mean(column(some, "gain", n, arm=arm, step=last))
+                rows.append({**_row(found[-1], varied=name, setting=value, arm=arm, metric=metric, unit=unit), "gain": gain.value})
+            axis.errorbar([e.value for e in found], range(len(found)), xerr=error_bars(found), fmt=marker, color=colour, markeredgecolor="black",
+                          ecolor="black", capsize=2, linewidth=0.9, label=arm)
+        axis.set_xscale("log")
+        axis.set_xlabel(f"KL of {'responses' if metric == 'kl' else 'what is said'} at the end ({unit})")
+    axes[0].set_yticks(range(len(conditions)), [f"{name} {value:.3g}" for name, value in conditions])
+    axes[0].invert_yaxis()
+    axes[1].legend(frameon=False, fontsize=8)
+    axes[0].set_title("Forgetting with and without self-data (λ = ½) as one thing is varied", loc="left", fontsize=9)
+    return keep(figure, "lab_limits", rows)
