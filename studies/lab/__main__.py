@@ -7,24 +7,21 @@ seeds, each a world and a base model of its own. What was predicted stands in ``
 """
 
 import argparse
-import hashlib
-import json
+import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from sasft.errors import UsageError
-from sasft.files import ensure_writable, write_json
+from sasft.files import ensure_writable
 from sasft.versions import versions
 from studies.claims import registered
-from studies.lab import calibration, courses, figures, sweeps
+from studies.lab import figures
 from studies.lab.effects import effects
-from studies.lab.experiment import Bases, Setup
+from studies.lab.experiment import Setup
+from studies.lab.tables import make
 from studies.stats import verdict
 
 
@@ -46,9 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--profile", choices=PROFILES, default="quick", help="quick: 3 seeds, 3 minutes; full: 12 seeds and all sweeps")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where finished parts are kept (default: runs)")
     parser.add_argument("--figures", type=Path, default=Path("figures"), help="where figures go (default: figures)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes side by side (default: one a core)")
     args = parser.parse_args(argv)
     try:
-        run(PROFILES[args.profile], args.runs, args.figures)
+        run(PROFILES[args.profile], args.runs, args.figures, args.workers)
     except (UsageError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -58,59 +56,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def run(profile: Profile, runs: Path, folder: Path) -> None:
+def run(profile: Profile, runs: Path, folder: Path, workers: int) -> None:
     """Make the tables that are not on disk yet, draw the figures, print the verdicts."""
     began = time.monotonic()
+    if workers < 1:
+        raise UsageError(f"workers must be at least 1, got {workers}")
     ensure_writable(folder)
-    identity = {"profile": asdict(profile), "code": _code()}
-    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
-    home = runs / "lab" / key
-    ensure_writable(home)
-
-    def progress(what: str) -> None:
-        print(f"{time.monotonic() - began:6.0f} s  {what}", file=sys.stderr)
-
-    def keep(name: str, make: Callable[[], Any]) -> Any:
-        return _kept(home / name, make)
-
-    bases = Bases.make(profile.setup)
-    progress(f"{profile.setup.seeds} base models pre-trained")
-    tables = courses.run(bases, keep, progress)
-    tables["sweeps"] = sweeps.run(
-        profile.setup, quick=profile.quick, bases_of=lambda setup: bases if setup == profile.setup else Bases.make(setup), keep=keep,
-        progress=progress)
-    tables["calibration"] = keep("calibration.json", lambda: calibration.calibrate(bases, repeats=profile.repeats))
-    progress("estimators calibrated")
-
+    tables = make(profile.setup, runs / "lab", workers, quick=profile.quick, repeats=profile.repeats)
     predictions, n = registered(), profile.setup.seeds
     found = {name: verdict(predictions[name], effect, n=n) for name, effect in effects(tables, n).items()}
-    provenance = {"profile": asdict(profile), "versions": versions()}
-    paths = figures.draw_all(tables, found, n, folder, provenance)
+    paths = figures.draw_all(tables, found, n, folder, {"profile": asdict(profile), "versions": versions()})
     for v in found.values():
         print(f"{v['claim']:<4}{v['verdict']:<13}{v['value']:>10.3g} [{v['low']:.3g}, {v['high']:.3g}] {v['unit']:<22}{v['statement']}")
     print("\npictures and tables:", *(f"  {path}" for path in paths), sep="\n")
-    progress("done")
-
-
-def _kept(path: Path, make: Callable[[], Any]) -> Any:
-    """What is on disk under a name, or what ``make`` gives, kept there for the next time."""
-    tensors = path.suffix == ".pt"
-    if path.exists():
-        return torch.load(path) if tensors else json.loads(path.read_text(encoding="utf-8"))
-    found = make()
-    if tensors:
-        part = path.with_suffix(".part")
-        torch.save(found, part)
-        part.replace(path)
-    else:
-        write_json(path, found)
-    return found
-
-
-def _code() -> str:
-    """Hash of the lab's own source: tables made by other code are not used again."""
-    sources = sorted(p for p in Path(__file__).parent.glob("*.py") if p.stem not in ("figures", "effects", "predictions", "__main__"))
-    return hashlib.sha256(b"".join(p.read_bytes() for p in sources)).hexdigest()[:12]
+    print(f"{time.monotonic() - began:.0f} s", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The main experiment: what every arm forgets on its course, and what θ₀ foretells of it. One table a question, all long."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 from drift.decompose import shared_directions
 from studies.lab import exact
 from studies.lab.exact import Expected
-from studies.lab.experiment import ALL, LAMBDAS, OTHERS, TASK_ONLY, Arm, Bases, main_arms, measure, rows_of_cell, self_rows, train
+from studies.lab.experiment import ALL, LAMBDAS, OTHERS, TASK_ONLY, Arm, Bases, measure, rows_of_cell, self_rows
 from studies.lab.model import flat, unflat
 from studies.lab.start import Start
 from studies.lab.tree import TOPICS, WELL_FORMED, flow
@@ -132,17 +132,3 @@ def forces(bases: Bases, seed: int) -> Rows:
         "task": rows_of_cell(bases, seed, "foreign", "new")}
     norms = {name: Expected(bases.model, flow(rows)).gradient(params).norm().item() for name, rows in sources.items()}
     return [{"source": name, "seed": seed, "norm": norm, "of_task": norm / norms["task"]} for name, norm in norms.items()]
-
-
-def run(bases: Bases, keep: Callable[[str, Callable[[], Any]], Any], progress: Callable[[str], None]) -> dict[str, Rows]:
-    """All tables of the main experiment. ``keep(name, make)`` gives what is on disk under a name, or makes and keeps it."""
-    arms = main_arms()
-    weights = keep("weights.pt", lambda: train(bases, arms))
-    progress("trained")
-    tables = {"arms": keep("arms.json", lambda: arms_table(bases, arms, weights)),
-              "forces": keep("forces.json", lambda: [row for seed in range(bases.setup.seeds) for row in forces(bases, seed)])}
-    for seed in range(bases.setup.seeds):
-        for name, rows in keep(f"seed{seed}.json", lambda s=seed: seed_tables(bases, s, arms, weights)).items():
-            tables.setdefault(name, []).extend(rows)
-        progress(f"curvatures of seed {seed}")
-    return tables

@@ -1,6 +1,6 @@
 """Gradient descent on expected losses, no row drawn: many models, arms and seeds side by side."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -9,20 +9,18 @@ from torch.func import grad, vmap
 from studies.lab.model import Params, Support, flat_stacked, log_probs
 from studies.lab.tree import N_NODES, PROMPTS
 
-TOGETHER = 10  # models in one batch: more would only leave the processor's caches
+TOGETHER = 12  # models in one batch: more would only leave the processor's caches
 
 
-def descend(model: nn.Module, params: Params, flows: Tensor, *, lr: float, record: Sequence[int],
-            progress: Callable[[int], None] = lambda models: None) -> Tensor:
+def descend(model: nn.Module, params: Params, flows: Tensor, *, lr: float, record: Sequence[int]) -> Tensor:
     r"""Weights [K, M, P] of M models after the steps ``record`` (rising; 0 is the start) of :math:`\theta\leftarrow\theta-\mathrm{lr}\,\nabla L`.
 
-    ``params``: their starting weights, stacked [M, ...]; ``flows`` [M, X, N, V]: the source of each. ``progress`` is told of every few models done.
+    ``params``: their starting weights, stacked [M, ...]; ``flows`` [M, X, N, V]: the source of each.
     """
     found = []
     for low in range(0, len(flows), TOGETHER):
         some = slice(low, low + TOGETHER)
         found.append(_together(model, {n: p[some] for n, p in params.items()}, flows[some], lr, record))
-        progress(len(flows[some]))
     return torch.cat(found, 1)
 
 

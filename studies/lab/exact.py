@@ -58,7 +58,7 @@ def per_response(rows: Tensor) -> Tensor:
 
 
 def kept(rows: Tensor, rule: Tensor) -> Tensor:
-    """Rows that a rule [R] or [X, R] keeps, weights summing to 1 (F2c)."""
+    """Rows that a rule [R] or [X, R] keeps, all weights together summing to 1 (F2c): prompts whose answers are kept more often weigh more."""
     rows = rows * rule
     return rows / rows.sum()
 
@@ -180,7 +180,8 @@ def row_gradients(model: nn.Module, params: Params, x: Tensor, responses: Tensor
 def kl(base: Tensor, model: Tensor, prompts: Tensor) -> Tensor:
     r"""Forgetting :math:`\mathbb E_x\mathrm{KL}(p_0\Vert p_\theta)` of whole responses, nats a response; tables [..., X, N, V], ``prompts`` [X]."""
     reached = flow(response_probabilities(base))
-    return (prompts[:, None, None] * reached * (base - model)).sum((-1, -2, -3))
+    terms = torch.where(reached > 0, reached * (base - model), 0.0)  # a truncated sampler never writes some tokens
+    return (prompts[:, None, None] * terms).sum((-1, -2, -3))
 
 
 def entropy(log_p: Tensor, prompts: Tensor) -> Tensor:

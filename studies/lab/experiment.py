@@ -1,9 +1,7 @@
 """One experiment of the lab: base models in worlds of their own, arms that they are trained in, and what is measured on the way."""
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -12,7 +10,7 @@ from torch.func import vmap
 
 from studies.lab import exact, world
 from studies.lab.descent import TOGETHER, descend
-from studies.lab.model import WIDTH, build, flat_stacked, log_probs, pretrain
+from studies.lab.model import WIDTH, Support, build, flat_stacked, log_probs, pretrain
 from studies.lab.tree import flow, response_probabilities
 from studies.lab.world import EXTERNAL, FOREIGN, World, prompts_of, pure
 
@@ -29,14 +27,14 @@ class Setup:
     coupling: float = 0.0
     share: float = 1.0
     lr: float = 0.004
-    record: tuple[int, ...] = (0, 1, 2, 5, 10, 20, 40, 70, 100)
+    record: tuple[int, ...] = (0, 1, 2, 5, 10, 20, 40, 70)
     pretrain_steps: int = 400
     pretrain_lr: float = 0.03
 
     @property
-    def key(self) -> str:
-        """A short hash of everything here."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
+    def pretraining(self) -> "Setup":
+        """The same with everything at its default that the bases do not depend on."""
+        return Setup(seeds=self.seeds, width=self.width, coupling=self.coupling, pretrain_steps=self.pretrain_steps, pretrain_lr=self.pretrain_lr)
 
 
 @dataclass(frozen=True)
@@ -51,10 +49,14 @@ class Bases:
     @classmethod
     def make(cls, setup: Setup) -> "Bases":
         """Draw the worlds and pre-train a model in each."""
-        worlds = tuple(World.draw(seed, coupling=setup.coupling) for seed in range(setup.seeds))
         models = [build(seed, setup.width) for seed in range(setup.seeds)]
-        params = pretrain(models, torch.stack([flow(w.teacher()) for w in worlds]), steps=setup.pretrain_steps, lr=setup.pretrain_lr)
-        return cls(setup, models[0], worlds, params)
+        teachers = torch.stack([flow(w.teacher()) for w in _worlds(setup)])
+        return cls.of(setup, pretrain(models, teachers, steps=setup.pretrain_steps, lr=setup.pretrain_lr))
+
+    @classmethod
+    def of(cls, setup: Setup, params: Mapping[str, Tensor]) -> "Bases":
+        """The bases whose weights are known."""
+        return cls(setup, build(0, setup.width), _worlds(setup), params)
 
     @cached_property
     def log_p(self) -> Tensor:
@@ -73,6 +75,10 @@ class Bases:
         w, keys = self.worlds[seed], len(self.worlds[seed].facts) // 3
         new = torch.arange(keys).repeat(3) < round(self.setup.share * keys)
         return torch.where(new, w.new_facts, w.facts)
+
+
+def _worlds(setup: Setup) -> tuple[World, ...]:
+    return tuple(World.draw(seed, coupling=setup.coupling) for seed in range(setup.seeds))
 
 
 def tables(model: nn.Module, weights: Tensor, like: Mapping[str, Tensor]) -> Tensor:
@@ -144,15 +150,15 @@ def main_arms() -> dict[str, Arm]:
 # --- training and measuring ---------------------------------------------------------------------------------------------
 
 
-def train(bases: Bases, arms: Mapping[str, Arm], progress: Callable[[int], None] = lambda models: None) -> Tensor:
-    """Weights [A, K, S, P] of every arm and seed at the recorded steps. Arms that touch much of the tree are trained side by side, the others too."""
+def train(bases: Bases, arms: Mapping[str, Arm]) -> Tensor:
+    """Weights [A, K, S, P] of every arm and seed at the recorded steps; arms that touch the same part of the tree are trained side by side."""
     setup, found = bases.setup, {}
     flows = {name: torch.stack([arm(bases, seed) for seed in range(setup.seeds)]) for name, arm in arms.items()}
-    touched = {name: (tuple(f.sum((0, 2, 3)).nonzero().flatten().tolist()), int((f != 0).any(-1).any(0).any(0).sum())) for name, f in flows.items()}
-    for kind in sorted(set(touched.values())):
-        names = [name for name in arms if touched[name] == kind]
+    kinds = {name: Support(f).size for name, f in flows.items()}
+    for kind in sorted(set(kinds.values())):
+        names = [name for name in arms if kinds[name] == kind]
         params = {n: p.repeat(len(names), *[1] * (p.dim() - 1)) for n, p in bases.params.items()}
-        weights = descend(bases.model, params, torch.cat([flows[n] for n in names]), lr=setup.lr, record=setup.record, progress=progress)
+        weights = descend(bases.model, params, torch.cat([flows[n] for n in names]), lr=setup.lr, record=setup.record)
         found |= dict(zip(names, weights.unflatten(1, (len(names), setup.seeds)).unbind(1), strict=True))
     return torch.stack([found[name] for name in arms])
 

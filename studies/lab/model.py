@@ -26,9 +26,10 @@ AttentionInterface.register("lab", _attention)
 
 def build(seed: int, width: int = WIDTH) -> LlamaForCausalLM:
     """A Llama of two layers with random weights. Its norms are torch's, because transformers' round to float32."""
+    heads = min(2, width // 2)  # rotary positions need heads of even width
     config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, max_position_embeddings=8, tie_word_embeddings=False, initializer_range=0.3, attn_implementation="lab",
+        vocab_size=VOCABULARY, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2, num_attention_heads=heads,
+        num_key_value_heads=heads, max_position_embeddings=8, tie_word_embeddings=False, initializer_range=0.3, attn_implementation="lab",
         bos_token_id=None, eos_token_id=0, pad_token_id=None)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -115,6 +116,11 @@ class Support:
         self._leaf = torch.tensor([next(i for i, leaf in enumerate(leaves) if leaf[: len(p)] == p) for p in prefixes])
         width = max(map(len, leaves))
         self._tails = torch.tensor([[*leaf, *[1] * (width - len(leaf))] for leaf in leaves], dtype=torch.int64).view(len(leaves), width)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Numbers of prompts and of nodes."""
+        return len(self.prompts), len(self.nodes)
 
     def of(self, flow: Tensor) -> Tensor:
         """The part of a flow that is not zero by design, [..., X', N', V]."""

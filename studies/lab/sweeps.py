@@ -1,8 +1,7 @@
 """Where the claims stop holding: the same few arms in other worlds, models and settings."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 from studies.lab import exact
 from studies.lab.courses import Rows, arms_table
@@ -52,19 +51,7 @@ def sweeps(base: Setup, *, quick: bool) -> Iterator[Sweep]:
     yield Sweep("source", 1.0, base, only(external_rows(1.0)))
 
 
-def run(base: Setup, *, quick: bool, bases_of: Callable[[Setup], Bases], keep: Callable[[str, Callable[[], Any]], Any],
-        progress: Callable[[str], None]) -> Rows:
-    """One long table over all conditions."""
-    rows: Rows = []
-    for sweep in sweeps(base, quick=quick):
-        name = f"{sweep.name}-{sweep.value:.4g}-w{sweep.setup.width}".replace(" ", "_")
-
-        def make(sweep: Sweep = sweep) -> Rows:
-            bases = bases_of(sweep.setup)
-            found = arms_table(bases, sweep.arms, train(bases, sweep.arms))
-            setting = {k: v for k, v in asdict(sweep.setup).items() if k in ("width", "coupling", "share", "lr")}
-            return [{"sweep": sweep.name, "value": sweep.value, **setting, **row} for row in found]
-
-        rows += keep(f"sweep-{name}.json", make)
-        progress(f"{sweep.name} {sweep.value:.3g}, width {sweep.setup.width}")
-    return rows
+def condition(sweep: Sweep, bases: Bases) -> Rows:
+    """The table of one condition."""
+    setting = {k: v for k, v in asdict(sweep.setup).items() if k in ("width", "coupling", "share", "lr")}
+    return [{"sweep": sweep.name, "value": sweep.value, **setting, **row} for row in arms_table(bases, sweep.arms, train(bases, sweep.arms))]
