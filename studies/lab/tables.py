@@ -25,7 +25,7 @@ def make(setup: Setup, folder: Path, workers: int, *, quick: bool, repeats: int)
     work([Unit(f"weights{i}.pt", _trained, (home, setup, names)) for i, names in enumerate(parts)], home, workers, "training")
     conditions = list(sweeps.sweeps(setup, quick=quick))
     units = [
-        Unit(f"calibration-{repeats}-{_code("calibration")}.json", _calibration, (home, setup, repeats)), Unit("forces.json", _forces, (home, setup)),
+        Unit(f"calibration-{repeats}-{_code('calibration')}.json", _calibration, (home, setup, repeats)), Unit("forces.json", _forces, (home, setup)),
         Unit("arms.json", _arms, (home, setup, len(parts))), *(Unit(f"seed{s}.json", _seed, (home, setup, len(parts), s)) for s in range(setup.seeds)),
         *(Unit(f"sweep-{_key(asdict(c.setup), c.name, c.value)}.json", _sweep, (home, setup, quick, i)) for i, c in enumerate(conditions))]
     calibrated, forces, arms, *rest = work(units, home, workers, "measuring")

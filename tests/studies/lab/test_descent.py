@@ -13,15 +13,15 @@ from tests.studies.lab import tiny
 
 @pytest.mark.parametrize("kind", ["narrow", "wide"])
 def test_descent_is_a_loop_of_plain_steps(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    made, told = tiny.bases(), []
+    made = tiny.bases()
     monkeypatch.setattr(descent, "TOGETHER", 2)
     if kind == "narrow":
         flows = torch.stack([tiny.task_flow(s % 2) * (1 + s) for s in range(3)])
     else:
         flows = torch.stack([0.5 * tiny.task_flow(s % 2) + 0.5 * tiny.self_flow(s % 2) for s in range(3)])
     params = {n: p[[0, 1, 0]] for n, p in made.params.items()}
-    found = descend(made.model, params, flows, lr=0.01, record=(0, 1, 3), progress=told.append)
-    assert found.shape == (3, 3, 420) and told == [2, 1]
+    found = descend(made.model, params, flows, lr=0.01, record=(0, 1, 3))
+    assert found.shape == (3, 3, 420)
     assert all(torch.equal(params[n], made.params[n][[0, 1, 0]]) for n in params)  # the start is left alone
     torch.testing.assert_close(found[0], flat_stacked(params), rtol=0, atol=0)
     for m in range(3) if kind == "narrow" else [2]:
