@@ -12,7 +12,7 @@ from studies.lab.exact import Expected
 from studies.lab.experiment import ALL, LAMBDAS, OTHERS, TASK_ONLY, Arm, Bases, measure, rows_of_cell, self_rows
 from studies.lab.model import flat, unflat
 from studies.lab.start import Start
-from studies.lab.tree import TOPICS, WELL_FORMED, flow
+from studies.lab.tree import FIRST_DIGIT, TOPICS, WELL_FORMED, flow
 from studies.lab.world import prompts_of
 
 Rows = list[dict[str, Any]]
@@ -23,9 +23,12 @@ LINE = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # shares of the drift of train
 
 def arms_table(bases: Bases, arms: Mapping[str, Arm], weights: Tensor) -> Rows:
     """What is measured of every arm, seed and recorded step; ``weights`` [A, K, S, P]."""
-    measured = {name: values.tolist() for name, values in measure(bases, weights).items()}
-    return [{"arm": arm, "seed": seed, "step": step, **{name: values[a][k][seed] for name, values in measured.items()}}
-            for a, arm in enumerate(arms) for k, step in enumerate(bases.setup.record) for seed in range(bases.setup.seeds)]
+    rows = []
+    for arm, of_arm in zip(arms, weights, strict=True):  # one at a time: the tables of all would take gigabytes
+        measured = {name: values.tolist() for name, values in measure(bases, of_arm).items()}
+        rows += [{"arm": arm, "seed": seed, "step": step, **{name: values[k][seed] for name, values in measured.items()}}
+                 for k, step in enumerate(bases.setup.record) for seed in range(bases.setup.seeds)]
+    return rows
 
 
 def seed_tables(bases: Bases, seed: int, arms: Mapping[str, Arm], weights: Tensor) -> dict[str, Rows]:
@@ -42,17 +45,28 @@ def _quadratic(matrix: Tensor, vectors: Tensor) -> Tensor:
 
 
 def _accounts(bases: Bases, seed: int, start: Start, arms: Mapping[str, Arm], drift: Mapping[str, Tensor]) -> Iterator[dict[str, Any]]:
-    """Rival predictors of forgetting. Those of the data alone do not change on an arm's course."""
-    like = bases.one(seed)
+    """Rival predictors of forgetting. Those of the data alone do not change on an arm's course. ``tokens``: loss tokens trained on, of an expected row each step."""
+    like, spans = bases.one(seed), start.spans()
+    length = flat(like).norm().item()
     tokens = exact.tokens(bases.log_p[seed], prompts_of(OTHERS)).item()
     for arm, delta in drift.items():
         f = arms[arm](bases, seed)
-        nll = -(f * bases.log_p[seed]).sum() / f.sum()
+        of_data = {"perplexity": (-(f * bases.log_p[seed]).sum() / f.sum()).item(), "style_distance": style_distance(bases, seed, f),
+                   "no_replay": 1 - replay(bases, seed, f)}
         for k, step in enumerate(bases.setup.record):
             spectral = max(torch.linalg.matrix_norm(p, 2).item() for p in unflat(delta[k], like).values() if p.dim() == 2)
-            yield {"arm": arm, "seed": seed, "step": step, "fisher": (_quadratic(start.fisher_others, delta[k]) / tokens).item(),
+            yield {"arm": arm, "seed": seed, "step": step, "tokens": step * f.sum().item(),
+                   "fisher": (_quadratic(start.fisher_others, delta[k]) / tokens).item(),
                    "fisher_diagonal": ((start.fisher_others.diagonal() * delta[k] ** 2).sum() / 2 / tokens).item(),
-                   "l2": delta[k].norm().item(), "spectral": spectral, "perplexity": nll.item(), "style_distance": style_distance(bases, seed, f)}
+                   "l2": delta[k].norm().item(), "relative": delta[k].norm().item() / length, "spectral": spectral,
+                   **{f"along_{name}": (delta[k] @ v).norm().item() for name, v in spans.items()}, **of_data}
+
+
+def replay(bases: Bases, seed: int, source: Tensor) -> float:
+    """Share of a source's rows [X, N, V] that say the old fact of a prompt on the kept topics."""
+    says = (source * FIRST_DIGIT).sum(1)  # [X, V]: what is said first, whatever the style
+    old = says.gather(1, bases.worlds[seed].facts[:, None]).squeeze(1)
+    return (old[prompts_of(OTHERS) > 0].sum() / source[:, 0].sum()).item()
 
 
 def style_distance(bases: Bases, seed: int, source: Tensor) -> float:

@@ -13,15 +13,17 @@ from studies.stats import Effect, factorial, over_seeds
 Rows = Sequence[Mapping[str, Any]]
 ACCOUNTS = {
     "fisher": "Fisher-weighted drift ½ δᵀFδ", "fisher_diagonal": "… with F's diagonal only", "kl": "KL on the kept topics", "kl_task": "KL on the task's prompts",
-    "l2": "‖δ‖₂", "spectral": "largest spectral norm of δ", "perplexity": "NLL of the data under p₀", "style_distance": "style distance of the data"}
+    "l2": "‖δ‖₂", "relative": "‖δ‖₂/‖θ₀‖₂", "spectral": "largest spectral norm of δ", "along_style": "‖δ‖₂ in the span of style's gradients",
+    "along_content": "‖δ‖₂ in the span of content's", "early": "KL on the kept topics after the first step", "perplexity": "NLL of the data under p₀",
+    "style_distance": "style distance of the data", "no_replay": "share of rows that do not say an old fact of the kept topics"}
 
 
 def column(rows: Rows, name: str, n: int, **where: Any) -> NDArray[np.float64]:
     """One number a seed, [S], from the rows that match ``where``."""
-    found = {row["seed"]: row[name] for row in rows if all(row[k] == v for k, v in where.items())}
-    if sorted(found) != list(range(n)):
-        raise ValueError(f"no {name} for each of {n} seeds where {where}; seeds found: {sorted(found)}")
-    return np.array([found[seed] for seed in range(n)])
+    found = sorted((row["seed"], row[name]) for row in rows if all(row[k] == v for k, v in where.items()))
+    if (seeds := [seed for seed, _ in found]) != list(range(n)):
+        raise ValueError(f"{name} must be there once for each of {n} seeds where {where}; seeds found: {seeds}")
+    return np.array([value for _, value in found])
 
 
 def at_gain(rows: Rows, metric: str, arm: str, gain: NDArray[np.float64], n: int) -> NDArray[np.float64]:
@@ -117,7 +119,10 @@ class Race:
 
     def __init__(self, tables: Mapping[str, Rows], outcome: str, n: int) -> None:
         accounts = {(r["arm"], r["seed"], r["step"]): r for r in tables["accounts"]}
-        rows = [{**r, **accounts[r["arm"], r["seed"], r["step"]]} for r in tables["arms"] if r["step"] > 0 and r["arm"] != "own/old"]
+        first = min(r["step"] for r in tables["arms"] if r["step"] > 0)
+        early = {(r["arm"], r["seed"]): r["kl"] for r in tables["arms"] if r["step"] == first}
+        rows = [{**r, **accounts[r["arm"], r["seed"], r["step"]], "early": early[r["arm"], r["seed"]]}
+                for r in tables["arms"] if r["step"] > 0 and r["arm"] != "own/old"]
         by_seed = [[r for r in rows if r["seed"] == seed] for seed in range(n)]
         self.outcome = np.array([[r[outcome] for r in some] for some in by_seed])
         self.accounts = {name: np.array([[r[name] for r in some] for some in by_seed]) for name in ACCOUNTS if name != outcome}

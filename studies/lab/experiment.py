@@ -132,7 +132,7 @@ DISTANCES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 def main_arms() -> dict[str, Arm]:
-    """The arms of the main experiment."""
+    """The arms of the main experiment. Two are controls of SA-SFT at λ = ½: the task alone has as many rows, at half rate as much of the task."""
     return {
         "own/old": cell("own", "old"),
         "own/new": cell("own", "new"),
@@ -142,7 +142,9 @@ def main_arms() -> dict[str, Arm]:
         **{f"SA-SFT {lam}": mixed(lam, self_rows) for lam in LAMBDAS},
         "SA-SFT paper": mixed(0.5, lambda b, s: self_rows(b, s, 0.7, 0.9)),
         "SA-SFT without a topic": mixed(0.5, lambda b, s: self_rows(b, s, prompts=(0, 1))),
+        "SA-SFT on the task's topic": mixed(0.5, lambda b, s: self_rows(b, s, prompts=TASK)),
         **{f"external {share}": mixed(0.5, external_rows(share)) for share in DISTANCES},
+        "external, as varied": mixed(0.5, lambda b, s: b.worlds[s].teacher(b.worlds[s].external)),
         "self shuffled": mixed(0.5, lambda b, s: world.shuffled(self_rows(b, s))),
     }
 
@@ -175,10 +177,10 @@ def measure(bases: Bases, weights: Tensor) -> dict[str, Tensor]:
     facts = torch.stack([w.facts for w in bases.worlds])
     truth = torch.stack([bases.truth(seed) for seed in range(seeds)])
     others, task, dropped, everything = (prompts_of(t) for t in (OTHERS, TASK, DROPPED, ALL))
+    of_responses = (flow(bases.own) * (bases.log_p - log_p)).sum((-1, -2))  # at each prompt, nats a response
 
     def forgotten(prompts: Tensor) -> Tensor:
-        reached = flow(bases.own) * prompts[:, None, None]
-        return (reached * (bases.log_p - log_p)).sum((-1, -2, -3)) / exact.tokens(bases.log_p, prompts)
+        return of_responses @ prompts / exact.tokens(bases.log_p, prompts)
 
     said, saying = exact.contents(bases.log_p), exact.contents(log_p)
     of_content = (said * (said / saying).log()).sum(-1)

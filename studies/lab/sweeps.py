@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, replace
 
 from studies.lab import exact
 from studies.lab.courses import Rows, arms_table
-from studies.lab.experiment import TASK_ONLY, Arm, Bases, Setup, cell, external_rows, mixed, self_rows, train
+from studies.lab.experiment import TASK_ONLY, Arm, Bases, Setup, cell, mixed, self_rows, train
 
 SA_SFT = "SA-SFT"
 
@@ -48,7 +48,6 @@ def sweeps(base: Setup, *, quick: bool) -> Iterator[Sweep]:
         yield Sweep("temperature", t, base, only(lambda b, s, t=t: self_rows(b, s, t)))
     for p in (0.9,) if quick else (0.5, 0.8, 0.9):
         yield Sweep("top-p", p, base, only(lambda b, s, p=p: self_rows(b, s, 1.0, p)))
-    yield Sweep("source", 1.0, base, only(external_rows(1.0)))
 
 
 def condition(sweep: Sweep, bases: Bases) -> Rows:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -49,14 +50,16 @@ def work(units: Sequence[Unit], folder: Path, workers: int, what: str) -> list[A
     todo = [unit for unit in units if not (folder / unit.name).exists()]
     began = time.monotonic()
     if todo:
-        pool = ProcessPoolExecutor(min(workers, len(todo)), mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,))
+        pool = ProcessPoolExecutor(min(workers, len(todo)), mp_context=get_context("spawn"), initializer=_worker)
         try:
             running = {pool.submit(_do, unit, folder): unit for unit in todo}
             while running:
                 done, _ = wait(running, return_when=FIRST_COMPLETED)
                 for future in done:
-                    future.result()
                     unit = running.pop(future)
+                    if error := future.exception():
+                        error.add_note(f"in {unit.name} ({what})")
+                        raise error
                     spent, finished = time.monotonic() - began, len(todo) - len(running)
                     left = f"about {spent / finished * len(running):.0f} s left" if running else f"{spent:.0f} s"
                     print(f"{what}: {finished} of {len(todo)} ({Path(unit.name).stem}), {left}", file=sys.stderr)
@@ -67,6 +70,11 @@ def work(units: Sequence[Unit], folder: Path, workers: int, what: str) -> list[A
         finally:
             pool.shutdown(cancel_futures=True)
     return [load(folder / unit.name) for unit in units]
+
+
+def _worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; the first one ends the others
+    torch.set_num_threads(1)
 
 
 def _do(unit: Unit, folder: Path) -> None:
