@@ -12,10 +12,12 @@ from studies.stats import Effect, factorial, over_seeds
 
 Rows = Sequence[Mapping[str, Any]]
 ACCOUNTS = {
-    "fisher": "Fisher-weighted drift ½ δᵀFδ", "fisher_diagonal": "… with F's diagonal only", "kl": "KL on the kept topics", "kl_task": "KL on the task's prompts",
-    "l2": "‖δ‖₂", "relative": "‖δ‖₂/‖θ₀‖₂", "spectral": "largest spectral norm of δ", "along_style": "‖δ‖₂ in the span of style's gradients",
-    "along_content": "‖δ‖₂ in the span of content's", "early": "KL on the kept topics after the first step", "perplexity": "NLL of the data under p₀",
-    "style_distance": "style distance of the data", "no_replay": "share of rows that do not say an old fact of the kept topics"}
+    "fisher": "Fisher-weighted drift ½ δᵀFδ", "fisher_diagonal": "… with F's diagonal only",
+    "kl": "KL on the kept topics", "kl_task": "KL on the task's prompts",
+    "l2": "‖δ‖₂", "relative": "‖δ‖₂/‖θ₀‖₂", "spectral": "largest spectral norm of δ",
+    "along_style": "‖δ‖₂ in the span of style's gradients", "along_content": "‖δ‖₂ in the span of content's",
+    "early": "KL on the kept topics after the first step", "perplexity": "NLL of the data under p₀",
+    "style_distance": "style distance of the data", "no_replay": "share of rows without an old fact of the kept topics"}
 
 
 def column(rows: Rows, name: str, n: int, **where: Any) -> NDArray[np.float64]:
