@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, Literal
 
 import jinja2
 import torch
@@ -20,10 +20,13 @@ IGNORE = -100
 """The label of a token that is not in the loss, as in torch and transformers."""
 
 Messages = Sequence[Mapping[str, str]]
+Turns = Literal["last", "all"]
 
 # Rendered in place of a turn to see what the template puts around it.
 _PROBE = "A turn to look for"
-_DIM, _BRIGHT, _RESET = "\x1b[2m", "\x1b[1;32m", "\x1b[0m"
+# What a template is told, in the order of trying, until prompts read the same with and without their answer.
+_MODES: tuple[dict[str, Any], ...] = ({}, {"enable_thinking": False})
+_DIM, _RESET = "\x1b[2m", "\x1b[0m"
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,8 @@ class Encoded:
     ``finished``: the last token in the loss is the end-of-turn token. A response that a length cap
     has cut has none, so the model is not taught to stop there.
 
-    Raises :class:`UsageError` if no token is in the loss, or if a label is another token's.
+    Raises :class:`UsageError` if no token is in the loss, if a label is another token's, or if a finished row's last token,
+    which must be its end of turn, is not in the loss: a model trained like that does not stop.
 
     >>> row = Encoded((5, 6, 7, 2), (-100, -100, 7, 2))
     >>> row.start, row.loss_tokens, row.response_ids
@@ -55,6 +59,9 @@ class Encoded:
         if any(label not in (IGNORE, token) for token, label in pairs):
             raise UsageError("a label must be its own token (labels are not shifted here) "
                              f"or {IGNORE}")
+        if self.finished and self.labels[-1] == IGNORE:
+            raise UsageError("the mask hides the last token of a finished row, its end of turn, so the model would not learn to "
+                             "stop; label it, or set finished to False")
 
     @classmethod
     def text(cls, ids: Sequence[int]) -> "Encoded":
@@ -81,15 +88,19 @@ class Encoded:
 
     @property
     def response_ids(self) -> tuple[int, ...]:
-        """The response's tokens, without the end-of-turn token."""
+        """The response's tokens, without the end-of-turn token that closes the row (of several turns: one after the other)."""
         return self._in_loss[:-1] if self.finished else self._in_loss
 
     def with_response(self, ids: Sequence[int]) -> "Encoded":
         """The same prompt with other response tokens; a finished row keeps its end-of-turn token.
 
+        Raises :class:`UsageError` if more than one turn is in the loss.
+
         >>> Encoded((5, 6, 7, 2), (-100, -100, 7, 2)).with_response([8, 9]).input_ids
         (5, 6, 8, 9, 2)
         """
+        if IGNORE in self.labels[self.start :]:
+            raise UsageError("only a row with a single turn in the loss can be given another response")
         end = self._in_loss[-1:] if self.finished else ()
         return _row(self.input_ids[: self.start], (*ids, *end), self.finished)
 
@@ -111,6 +122,9 @@ def _row(prompt: Sequence[int], response: Sequence[int], finished: bool) -> Enco
 class Chat:
     """A tokenizer's chat template: prompts as ids, rows with their loss mask.
 
+    A reasoning template that puts an empty think block before answers is rendered in its non-thinking mode
+    (``enable_thinking=False``), if that puts the block into the prompt for sampling as well: the same text in both.
+
     Attributes: ``tokenizer``; ``end_of_turn``, the id that ends an assistant turn as the template
     writes it (not always the tokenizer's ``eos_token``); ``pad_id``, the tokenizer's padding id, or
     another special token where that one is missing or ends turns: code that tells padding by its
@@ -127,15 +141,13 @@ class Chat:
             raise UsageError(f"the tokenizer of {self._name} has no chat template, so it knows no "
                              "turns; take the chat (\"instruct\") version of the model, or put a "
                              "chat_template.jinja into its folder")
-        prompt = [{"role": "user", "content": _PROBE.upper()}]
-        opening = self._render(prompt, add_generation_prompt=True)
-        whole = self._render([*prompt, {"role": "assistant", "content": _PROBE}])
-        before, found, self._tail = whole.rpartition(_PROBE)
-        if not found:
-            raise UsageError(f"the chat template of {self._name} leaves out what the assistant "
-                             f"says; it renders {_shorten(whole)}")
-        # Some templates put a blank before the answer that does not belong to its turn's opening.
-        self._lead = before.removeprefix(opening) if before.startswith(opening) else None
+        for self._mode in _MODES:
+            self._lead, self._tail = self._around_answer()
+            if self._lead is not None and not self._lead.strip():
+                break
+        else:
+            self._mode = {}
+            self._lead, self._tail = self._around_answer()
         self.end_of_turn, self._gap = self._find_end_of_turn()
         self.pad_id = self._choose_pad()
 
@@ -154,7 +166,7 @@ class Chat:
         return self._tokens(self._render(messages, add_generation_prompt=True))
 
     def encode(
-        self, prompt: Messages, response: str | Sequence[int], *, finished: bool = True
+        self, prompt: Messages, response: str | Sequence[int], *, finished: bool = True, turns: Turns = "last"
     ) -> Encoded:
         """A training row: the prompt out of the loss, response and end-of-turn token in it.
 
@@ -162,12 +174,16 @@ class Chat:
         encoded anew may fall into other tokens, of another probability). The prompt's ids are
         always those of :meth:`prompt_ids`: training conditions on what sampling conditions on. A
         response that is not ``finished`` gets no end-of-turn token. What the template puts behind
-        that token is left out. Blanks around a text are kept or trimmed as the template has it.
+        that token is left out. Blanks around a text are kept or trimmed as the template has it. With ``turns="all"``, the
+        assistant's turns within the prompt are in the loss as well, each with its end-of-turn token.
 
         Raises :class:`UsageError` if the template rewrites the conversation or the answer once the
         answer is in place (reasoning templates add or remove ``<think>`` blocks), if the response
-        holds the end-of-turn token, or if the labels do not decode to the response.
+        holds the end-of-turn token, or if the labels do not decode to the response; with ``turns="all"`` also if an
+        earlier turn is rendered otherwise than when it was the last one.
         """
+        if turns not in ("last", "all"):
+            raise UsageError(f"turns must be last or all, got {turns!r}")
         opening = self._render(prompt, add_generation_prompt=True)
         head = self._tokens(opening)
         if isinstance(response, str):
@@ -181,14 +197,49 @@ class Chat:
             raise UsageError("the response itself holds the end-of-turn token "
                              f"{self._text([self.end_of_turn])!r}; take it out, finished responses "
                              "are given it")
-        return _row(head, [*ids, self.end_of_turn] if finished else ids, finished)
+        row = _row(head, [*ids, self.end_of_turn] if finished else ids, finished)
+        return self._with_earlier_turns(row, prompt) if turns == "all" else row
 
-    def show(self, row: Encoded) -> str:
-        """The row's text for a terminal: tokens in the loss bright, all others dim."""
-        tokens = zip(row.input_ids, row.labels, strict=True)
-        return "".join(
-            (_DIM if masked else _BRIGHT) + self._text([token for token, _ in group]) + _RESET
-            for masked, group in groupby(tokens, key=lambda pair: pair[1] == IGNORE))
+    def show(self, row: Encoded, *, colour: bool = True, hue: int = 32) -> str:
+        """The row's text: tokens in the loss bright, in the terminal colour ``hue`` (ANSI 31 to 36), all others dim.
+
+        Without ``colour``, the tokens in the loss stand between ⟦ and ⟧.
+        """
+        lost = (f"\x1b[1;{hue}m", _RESET) if colour else ("⟦", "⟧")
+        kept = (_DIM, _RESET) if colour else ("", "")
+        parts = []
+        for masked, group in groupby(zip(row.input_ids, row.labels, strict=True), key=lambda pair: pair[1] == IGNORE):
+            before, after = kept if masked else lost
+            parts.append(before + self._text([token for token, _ in group]) + after)
+        return "".join(parts)
+
+    def _with_earlier_turns(self, row: Encoded, prompt: Messages) -> Encoded:
+        labels = list(row.labels)
+        for k, message in enumerate(prompt):
+            if message["role"] != "assistant":
+                continue
+            turn = self.encode(prompt[:k], message["content"])
+            end = len(turn.input_ids)
+            if row.input_ids[:end] != turn.input_ids:
+                raise UsageError(f"the chat template of {self._name} renders the assistant's turn {_shorten(message['content'])} "
+                                 "otherwise once the conversation goes on, so it can't be learnt in its place; set turns to last")
+            labels[turn.start : end] = turn.input_ids[turn.start :]
+        return Encoded(row.input_ids, tuple(labels), row.finished)
+
+    def _around_answer(self) -> tuple[str | None, str]:
+        """What the template puts between the prompt for sampling and an answer, and what behind it.
+
+        The first is None where the prompt is rendered otherwise once it is answered. Some templates put a blank there
+        that does not belong to the turn's opening.
+        """
+        prompt = [{"role": "user", "content": _PROBE.upper()}]
+        opening = self._render(prompt, add_generation_prompt=True)
+        whole = self._render([*prompt, {"role": "assistant", "content": _PROBE}])
+        before, found, tail = whole.rpartition(_PROBE)
+        if not found:
+            raise UsageError(f"the chat template of {self._name} leaves out what the assistant "
+                             f"says; it renders {_shorten(whole)}")
+        return (before.removeprefix(opening) if before.startswith(opening) else None), tail
 
     def _response_tokens(self, prompt: Messages, opening: str, head: list[int], response: str,
                          finished: bool) -> list[int]:
@@ -242,7 +293,7 @@ class Chat:
 
     def _render(self, messages: Messages, **kwargs: Any) -> str:
         try:
-            return self.tokenizer.apply_chat_template(list(messages), tokenize=False, **kwargs)
+            return self.tokenizer.apply_chat_template(list(messages), tokenize=False, **self._mode, **kwargs)
         except jinja2.TemplateError as error:
             roles = ", ".join(str(m.get("role")) for m in messages)
             raise UsageError(f"the chat template of {self._name} refuses a conversation of the "

@@ -1,7 +1,9 @@
 """Templates and masks, on byte-level tokenizers whose every token can be read."""
 
+import importlib.util
 import random
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -158,6 +160,8 @@ def test_show_colours_what_is_in_the_loss():
     chat = Chat(tokenizer())
     assert chat.show(chat.encode(USER, "Yes")) == (
         f"\x1b[2m{PROMPT}\x1b[0m\x1b[1;32mYes<|im_end|>\x1b[0m")
+    assert "\x1b[1;35mYes" in chat.show(chat.encode(USER, "Yes"), hue=35)
+    assert chat.show(chat.encode(USER, "Yes"), colour=False) == f"{PROMPT}⟦Yes<|im_end|>⟧"
 
 
 THINKS = CHATML.replace(
@@ -224,6 +228,7 @@ def test_templates_that_cannot_be_used(template, message):
     ((), (), "the mask hides every token"),
     ((5, 6), (IGNORE,), "got 1 labels for 2 tokens"),
     ((5, 6), (6, IGNORE), "a label must be its own token"),
+    ((5, 6, 2), (IGNORE, 6, IGNORE), "hides the last token of a finished row, its end of turn"),
 ])
 def test_rows_that_make_no_sense(ids, labels, message):
     with refused(message):
@@ -285,3 +290,85 @@ def test_errors_do_not_print_whole_conversations():
     with pytest.raises(UsageError) as caught:
         Chat(tokenizer(MOVES)).encode([{"role": "user", "content": "long " * 500}], "Hi.")
     assert len(re.sub(r"\s+", " ", str(caught.value))) < 700
+
+
+# --- several turns --------------------------------------------------------------------------------------------
+
+TALK = [*USER, {"role": "assistant", "content": "Yo."}, {"role": "user", "content": "And?"}]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_all_turns_of_the_assistant_are_learnt_each_with_its_end(name):
+    chat, end = family(name), FAMILIES[name][1]
+    last, every = chat.encode(TALK, "So."), chat.encode(TALK, "So.", turns="all")
+    assert every.input_ids == last.input_ids
+    blank = " " if name == "blanks around the answer" else ""
+    assert labelled(chat, every) == f"{blank}Yo.{blank}{end}{blank}So.{blank}{end}" and labelled(chat, last).count(end) == 1
+    assert every.start == chat.encode(USER, "Yo.").start and not chat.encode(TALK, "So", finished=False, turns="all").finished
+    with refused("only a row with a single turn in the loss"):
+        every.with_response([5])
+
+
+def test_turns_that_are_rendered_otherwise_in_the_past_cannot_be_learnt():
+    forgets = CHATML.replace("{{ m.content }}", "{% if loop.last or m.role != 'assistant' %}{{ m.content }}{% else %}…{% endif %}")
+    with refused("renders the assistant's turn 'Yo.' otherwise once the conversation goes on.*set turns to last"):
+        Chat(tokenizer(forgets)).encode(TALK, "So.", turns="all")
+    with refused("turns must be last or all, got 'first'"):
+        Chat(tokenizer()).encode(TALK, "So.", turns="first")
+
+
+# --- templates of real models, as TRL ships them --------------------------------------------------------------
+
+TURNS = ("<|im_start|>", "<|im_end|>")
+THINK = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+# (template, special tokens, eos, pad, how the prompt ends, what ends the answer)
+REAL = [
+    ("qwen2_5", TURNS, "<|im_end|>", "<|im_end|>",  # a default system prompt, and eos = pad
+     "You are a helpful assistant.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>"),
+    ("qwen3", TURNS, "<|im_end|>", None, THINK, "<|im_end|>"),  # adds an empty think block to answers only
+    ("qwen3_5_nothink", TURNS, "<|im_end|>", None, THINK, "<|im_end|>"),
+    ("qwen3_6", TURNS, "<|im_end|>", None, THINK, "<|im_end|>"),  # opens a think block for sampling, closes it in answers
+    ("nemotron_3_nano", TURNS, "<|im_end|>", None, "<|im_start|>assistant\n<think></think>", "<|im_end|>"),
+    ("llama3", ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"), "<eos>", "<eos>",
+     "Hi<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n", "<|eot_id|>"),
+    ("gemma3", ("<start_of_turn>", "<end_of_turn>"), "<eos>", "<eos>", "Hi<end_of_turn>\n<start_of_turn>model\n", "<end_of_turn>"),
+    ("phi3", ("<|user|>", "<|assistant|>", "<|end|>"), "<eos>", "<eos>", "<|user|>\nHi<|end|>\n<|assistant|>\n", "<|end|>"),
+    ("cohere", ("<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>", "<|USER_TOKEN|>", "<|CHATBOT_TOKEN|>"), "<eos>", None,
+     "<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>", "<|END_OF_TURN_TOKEN|>"),
+]
+
+
+def real(name: str, specials=TURNS, eos="<|im_end|>", pad=None) -> Chat:
+    trl = importlib.util.find_spec("trl")
+    file = Path(trl.submodule_search_locations[0]) / "chat_templates" / f"{name}.jinja" if trl else Path("none")
+    if not file.exists():
+        pytest.skip(f"TRL's template {name} is not installed")
+    made = tokenizer(file.read_text(encoding="utf-8"), specials=("<unk>", "<bos>", "<eos>", *specials), eos=eos, pad=pad)
+    made.bos_token = "<bos>"
+    return Chat(made)
+
+
+@pytest.mark.parametrize(("name", "specials", "eos", "pad", "opening", "end"), REAL, ids=[r[0] for r in REAL])
+def test_real_templates(name, specials, eos, pad, opening, end):
+    chat = real(name, specials, eos, pad)
+    row = chat.encode(USER, "Hello.")
+    assert list(row.input_ids[: row.start]) == chat.prompt_ids(USER)  # training conditions on what sampling conditions on
+    assert chat.tokenizer.decode(row.input_ids[: row.start]).endswith(opening)
+    assert labelled(chat, row) == "Hello." + end
+    batch = collate([row, chat.encode(USER, "A longer answer.")], chat.pad_id)
+    assert (batch["labels"] == chat.end_of_turn).sum() == 2 and chat.pad_id not in (chat.end_of_turn, chat.tokenizer.eos_token_id)
+
+
+def test_real_templates_that_would_train_on_other_prompts_than_they_sample_from_are_refused():
+    chat = real("deepseek_r1_distill", ("<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>"), "<｜end▁of▁sentence｜>")
+    with refused(r"is not prefix-stable: the prompt for sampling ends in .*<think>\\n"):
+        chat.encode(USER, "Hello.")
+    with refused("ends the assistant's turn with '', which does not begin with a special token"):
+        real("glm4moe", ("<|user|>", "<|assistant|>"), "<eos>")
+
+
+def test_earlier_turns_of_a_reasoning_template_have_no_think_block():
+    with refused("renders the assistant's turn 'Yo.' otherwise once the conversation goes on"):
+        real("qwen3").encode(TALK, "So.", turns="all")
+    chat = real("qwen2_5")
+    assert labelled(chat, chat.encode(TALK, "So.", turns="all")) == "Yo.<|im_end|>So.<|im_end|>"
