@@ -1,4 +1,4 @@
-"""Rows in JSONL files: reading them with exact errors, and encoding them."""
+"""Rows of chat data: reading them with exact errors, and encoding them."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -6,12 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from sasft.chat import Chat, Encoded
+from sasft.chat import Chat, Encoded, Turns
 from sasft.errors import UsageError
-from sasft.files import is_torn
+from sasft.sources import Source, listed
 
 _SHAPES = ('{"messages": [{"role": ..., "content": ...}, ...]} with the assistant last, '
            '{"prompt": ..., "response": ...}, or {"instruction": ..., "input": ..., "output": ...}')
+_ROLES = {"human": "user", "gpt": "assistant"}
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,8 @@ class Row:
     ) -> "Row":
         """The row that a JSON object describes, in any of three shapes.
 
-        ``{"messages": [...]}`` with the assistant's message last, ``{"prompt", "response"}``, or
+        ``{"messages": [...]}`` with the assistant's message last (or ``conversations``, with ``from`` and ``value``);
+        ``{"prompt", "response"}`` (or ``completion``), both texts or both lists of messages; or
         ``{"instruction", "input" (may be missing), "output"}``. An empty answer counts as an answer
         only where ``response_ids`` show that a model gave it. Raises :class:`UsageError`.
 
@@ -46,22 +48,28 @@ class Row:
         ('Add.\\n\\n2 + 2', '4', {'n': 1})
         """
         rest = dict(data)
-        if "messages" in data:
+        if "completion" in rest and "response" not in rest:
+            rest["response"] = rest.pop("completion")
+        if "conversations" in rest and "messages" not in rest:
+            rest["messages"] = _turns(rest.pop("conversations"))
+        if isinstance(rest.get("prompt"), list) and isinstance(rest.get("response"), list):
+            rest["messages"] = [*rest.pop("prompt"), *rest.pop("response")]
+        if "messages" in rest:
             *prompt, last = _messages(rest.pop("messages"))
             if last["role"] != "assistant":
                 raise _NoAnswer(f"the last message is the {last['role']}'s, not the assistant's")
             if not prompt:
                 raise UsageError("there is no message before the assistant's; add the prompt")
             response = last["content"]
-        elif {"prompt", "response"} & data.keys():
+        elif {"prompt", "response"} & rest.keys():
             prompt, response = [_user(_text(rest, "prompt"))], _answer(rest, "response")
-        elif "instruction" in data:
+        elif "instruction" in rest:
             instruction, extra = _text(rest, "instruction"), rest.pop("input", None)
             prompt = [_user(f"{instruction}\n\n{extra}" if extra else instruction)]
             response = _answer(rest, "output")
         else:
-            fields = ", ".join(map(repr, data)) or "(none)"
-            raise UsageError(f"fields {fields} make none of the known shapes: {_SHAPES}")
+            raise UsageError(f"the columns found, {listed(data)}, make none of the shapes needed: {_SHAPES}; if others hold the "
+                             "same, say which behind the name: FILE:prompt=question,response=answer")
         ids, finished = rest.pop("response_ids", None), rest.pop("finished", True)
         if ids is not None and not (isinstance(ids, list) and all(type(i) is int for i in ids)):
             raise UsageError(f'"response_ids" must be a list of integers, got {_brief(ids)}')
@@ -79,42 +87,35 @@ class _NoAnswer(UsageError):
     """A row without anything to learn; reported together with all others of its file."""
 
 
-def read_rows(path: Path | str, *, torn_ok: bool = False) -> list[Row]:
-    """The rows of a JSONL file: UTF-8 (a byte-order mark is fine), one object a line, in the shapes
-    of :meth:`Row.from_json`; blank lines hold no row.
+def read_rows(source: Source | Path | str, *, torn_ok: bool = False) -> list[Row]:
+    """The rows of a JSONL or Parquet file, or of a dataset on the hub (see :class:`sasft.sources.Source` for how to name
+    one and its columns), in the shapes of :meth:`Row.from_json`. JSONL is UTF-8 (a byte-order mark is fine), one object a line;
+    blank lines hold no row.
 
     ``torn_ok`` is for a file that :class:`JsonlWriter` was writing when it was stopped: its last
     line may be torn, and it may hold no row yet.
 
-    Raises :class:`UsageError` for a file that is missing, unreadable or empty, for a malformed line
-    (its number, its fault, how it starts), and for rows without an answer (how many, which lines).
+    Raises :class:`UsageError` for a source that is missing, unreadable, out of reach or empty, for a malformed row
+    (its number, its fault, how it starts), for another schema (columns found, columns needed), and for rows without an
+    answer (how many, which).
     """
-    path = Path(path)
-    try:
-        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    except OSError as error:
-        raise UsageError(f"{path} can't be read: {error.strerror}; it should be a JSONL file, "
-                         "one row a line") from None
+    source = Source.parse(source)
     rows: list[Row] = []
     unanswered: list[int] = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip() or (torn_ok and number == len(lines) and is_torn(line)):
-            continue
+    for number, data, start in source.records(torn_ok=torn_ok):
         try:
-            rows.append(Row.from_json(_parse(line), default_id=f"{path.stem}-{number}",
-                                      default_source=path.stem))
+            rows.append(Row.from_json(data, default_id=f"{source.name}-{number}", default_source=source.name))
         except _NoAnswer:
             unanswered.append(number)
         except UsageError as error:
-            raise UsageError(f"{path}, line {number}: {error}. The line starts with "
-                             f"{line[:60].decode('utf-8', 'replace')!r}") from None
+            raise UsageError(f"{source}, {source.unit} {number}: {error}. The {source.unit} starts with {start!r}") from None
     if unanswered:
         shown = ", ".join(map(str, unanswered[:10])) + (", ..." if len(unanswered) > 10 else "")
         total = len(rows) + len(unanswered)
-        raise UsageError(f"{path}: {len(unanswered)} of {total} rows have no answer (lines "
+        raise UsageError(f"{source}: {len(unanswered)} of {total} rows have no answer ({source.unit}s "
                          f"{shown}); add the answers, or remove the rows")
     if not rows and not torn_ok:
-        raise UsageError(f"{path} has no rows; it should have one JSON object a line: {_SHAPES}")
+        raise UsageError(f"{source} has no rows; it should have one JSON object a line: {_SHAPES}")
     return rows
 
 
@@ -140,8 +141,11 @@ def encode_rows(
     chat: Chat,
     max_tokens: int,
     too_long: Literal["error", "truncate", "drop"] = "error",
+    turns: Turns = "last",
 ) -> tuple[list[Encoded], EncodeReport]:
     """Encode rows in their order, and deal with those of more than ``max_tokens`` tokens as told.
+
+    ``turns``: whether the last turn of the assistant is in the loss, or all of them (:meth:`sasft.chat.Chat.encode`).
 
     ``truncate`` cuts the end of the answer, which then has no end-of-turn token; ``drop`` leaves
     rows out. On self-data, dropping picks rows by their answers and so breaks the score identity,
@@ -152,7 +156,7 @@ def encode_rows(
     """
     if too_long not in ("error", "truncate", "drop"):
         raise UsageError(f"too_long must be error, truncate or drop, got {too_long!r}")
-    encoded = [_encode(row, chat) for row in rows]
+    encoded = [_encode(row, chat, turns) for row in rows]
     longest = max((len(e.input_ids) for e in encoded), default=0)
     over = [i for i, e in enumerate(encoded) if len(e.input_ids) > max_tokens]
     if over and too_long == "error":
@@ -180,31 +184,16 @@ def encode_rows(
         loss_tokens=sum(e.loss_tokens for e in encoded))
 
 
-def _encode(row: Row, chat: Chat) -> Encoded:
+def _encode(row: Row, chat: Chat, turns: Turns) -> Encoded:
     if row.response_ids is not None and chat.tokenizer.decode(row.response_ids) != row.response:
         raise UsageError(f"row {row.id}: its response_ids do not spell its answer, so the row was "
                          "written with another tokenizer or edited since; remove response_ids to "
                          "use the text")
     response = row.response if row.response_ids is None else row.response_ids
     try:
-        return chat.encode(row.prompt, response, finished=row.finished)
+        return chat.encode(row.prompt, response, finished=row.finished, turns=turns)
     except UsageError as error:
         raise UsageError(f"row {row.id}: {error}") from error
-
-
-def _parse(line: bytes) -> dict[str, Any]:
-    try:
-        data = json.loads(line.decode())
-        json.dumps(data, ensure_ascii=False).encode()
-    except json.JSONDecodeError as error:
-        raise UsageError(f"not valid JSON ({error.msg}, column {error.colno})") from None
-    except UnicodeDecodeError as error:
-        raise UsageError(f"not UTF-8 ({error.reason} at byte {error.start})") from None
-    except UnicodeEncodeError:
-        raise UsageError("an escape such as \\ud83d is half a character (a cut emoji?)") from None
-    if not isinstance(data, dict):
-        raise UsageError(f"a row must be a JSON object, got a {type(data).__name__}")
-    return data
 
 
 def _messages(value: Any) -> list[dict[str, str]]:
@@ -217,8 +206,15 @@ def _messages(value: Any) -> list[dict[str, str]]:
     return [{"role": m["role"], "content": m["content"]} for m in value]
 
 
+def _turns(value: Any) -> Any:
+    """Turns as ShareGPT writes them, as messages; anything else as it is, for :func:`_messages` to refuse."""
+    if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
+        return value
+    return [{"role": _ROLES.get(turn.get("from"), turn.get("from")), "content": turn.get("value")} for turn in value]
+
+
 def _brief(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
+    text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 60 else text[:60] + "…"
 
 

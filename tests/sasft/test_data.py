@@ -1,13 +1,18 @@
 """Reading rows with exact errors, and encoding them."""
 
+import builtins
 import json
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from sasft.chat import Chat
 from sasft.data import Row, encode_rows, read_rows
 from sasft.errors import UsageError
+from sasft.files import sha256_file
+from sasft.sources import Source
 from tests.sasft.tiny_chat import tokenizer
 
 SYSTEM = {"role": "system", "content": "S"}
@@ -63,8 +68,10 @@ def test_byte_order_mark_windows_line_ends_blank_lines_and_line_separators(file)
     (b'{"prompt": "\xff"}', r"line 2: not UTF-8 \(invalid start byte at byte 12\)"),
     (b'{"prompt": "Hi", "response": "\\ud83d"}', r"line 2: an escape .* half a character"),
     (b'{"question": "Hi", "answer": "Yo"}',
-     r"""fields 'question', 'answer' make none of the known shapes: \{"messages".*"output"""),
-    (b"{}", r"line 2: fields \(none\) make none"),
+     r"""columns found, 'question', 'answer', make none of the shapes needed: \{"messages".*"output.*prompt=question"""),
+    (b"{}", r"line 2: the columns found, \(none\), make none"),
+    (b'[{"prompt": "Hi",', r"not valid JSON .*is this one JSON array\? put each of its objects on a line"),
+    (b'{"conversations": [{"from": "human"}]}', r'"messages" must be a list of .*, got \[\{"role": "user", "content": null'),
     (b'{"prompt": ["Hi"], "response": "Yo"}', r'line 2: "prompt" must be text, got \["Hi"\]'),
     (b'{"response": "Yo"}', r'line 2: "prompt" must be text, got null'),
     (b'{"prompt": "Hi", "response": 4}', r'line 2: "response" must be text, got 4'),
@@ -166,5 +173,137 @@ def test_torn_ok_forgives_only_a_torn_last_line(file):
     with refused("line 1: not valid JSON"):
         read_rows(file, torn_ok=True)
     file.write_bytes(GOOD + b'{"question": "whole, but no row"}')
-    with refused("line 2: fields 'question'"):
+    with refused("line 2: the columns found, 'question'"):
         read_rows(file, torn_ok=True)
+
+
+def test_all_turns_in_the_loss():
+    chat = Chat(tokenizer())
+    talk = Row("r", "s", (USER, {"role": "assistant", "content": "Yo"}, USER), "Yes")
+    (every,), report = encode_rows([talk], chat, 500, turns="all")
+    assert every == chat.encode(talk.prompt, "Yes", turns="all") and report.loss_tokens == 3 + 4
+
+
+# --- other shapes, other places -------------------------------------------------------------------------------
+
+
+def test_shapes_of_other_libraries(file):
+    assistant = {"role": "assistant", "content": "Yo"}
+    file.write_text("\n".join(map(json.dumps, [
+        {"prompt": "Hi", "completion": "Yo"},
+        {"prompt": [SYSTEM, USER], "completion": [assistant]},
+        {"conversations": [{"from": "system", "value": "S"}, {"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yo"}]},
+    ])))
+    plain, chat, share = read_rows(file)
+    assert plain.prompt == (USER,) and chat.prompt == share.prompt == (SYSTEM, USER)
+    assert {row.response for row in (plain, chat, share)} == {"Yo"} and not any(row.meta for row in (plain, chat, share))
+
+
+def test_columns_of_other_names(file):
+    file.write_text('{"question": "Hi", "answer": "Yo", "level": 3}\n')
+    (row,) = read_rows(f"{file}:prompt=question,response=answer")
+    assert row == Row("rows-1", "rows", (USER,), "Yo", meta={"level": 3})
+    assert read_rows(Source(str(file), columns={"prompt": "question", "response": "answer"})) == [row]
+    with refused(r"rows\.jsonl, line 1: columns needed: 'query' \(as prompt\); columns found: 'question', 'answer', 'level'"):
+        read_rows(f"{file}:prompt=query,response=answer")
+    with refused("name the field 'query', which rows do not have; there are: messages, .*, prompt"):
+        read_rows(f"{file}:query=question")
+    with refused("columns are given as field=column, got 'answer'"):
+        read_rows(f"{file}:prompt=question,answer")
+
+
+def test_a_name_with_marks_in_it_is_a_file_if_there_is_one(tmp_path):
+    odd = tmp_path / "a:b@c#d.jsonl"
+    odd.write_bytes(GOOD)
+    assert read_rows(odd)[0].source == "a:b@c#d"
+
+
+def parquet(path: Path, rows: list[dict]) -> Path:
+    names = {name for row in rows for name in row}
+    pq.write_table(pa.table({name: [row.get(name) for row in rows] for name in sorted(names)}), path)
+    return path
+
+
+def test_parquet_reads_as_the_same_rows_in_jsonl_do(tmp_path, file):
+    rows = [{"messages": [SYSTEM, USER, {"role": "assistant", "content": "Yo"}]},
+            {"prompt": "Hi", "response": "Y", "response_ids": [92], "finished": False, "level": 2}]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    table = parquet(tmp_path / "rows.parquet", rows)  # a table: each row has all columns, those of the other one empty
+    assert read_rows(table) == read_rows(file)
+    assert Source.parse(table).sha256() == sha256_file(table)
+    named = parquet(tmp_path / "named.parquet", [{"q": "Hi", "a": "Yo"}])
+    assert read_rows(f"{named}:prompt=q,response=a")[0].response == "Yo"
+    with refused(r"named\.parquet, row 1: the columns found, 'a', 'q', make none of the shapes needed.*The row starts with '\{\"a"):
+        read_rows(named)
+    gaps = parquet(tmp_path / "gaps.parquet", [{"q": "a", "response": r} for r in ("b", None, " ")])
+    for columns in ("prompt=q", "prompt=q,response=response"):
+        with refused(r"2 of 3 rows have no answer \(rows 2, 3\)"):
+            read_rows(f"{gaps}:{columns}")
+
+
+def test_files_that_are_no_parquet(tmp_path):
+    (tmp_path / "rows.parquet").write_bytes(GOOD)
+    with refused(r"rows\.parquet can't be read as Parquet"):
+        read_rows(tmp_path / "rows.parquet")
+    with refused(r"none\.parquet can't be read as Parquet"):
+        read_rows(tmp_path / "none.parquet")
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("org/set", ("org/set", None, None, None)),
+    ("org/set:main", ("org/set", "main", None, None)),
+    ("org/set@v1.0", ("org/set", None, "v1.0", None)),
+    ("org/set#test", ("org/set", None, None, "test")),
+    ("org/a-b.c:cfg-2@abc#train[:10%]:prompt=q", ("org/a-b.c", "cfg-2", "abc", "train[:10%]")),
+])
+def test_names_of_datasets_on_the_hub(text, expected):
+    source = Source.parse(text)
+    assert (source.where, source.config, source.revision, source.split) == expected and not source.is_file
+    assert source.columns == ({"prompt": "q"} if "=" in text else {})
+
+
+def test_a_hub_dataset_is_loaded_as_it_is_named(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    asked = []
+
+    def load(*args, **kwargs):
+        asked.append((args, kwargs))
+        return datasets.Dataset.from_list([{"question": "Hi", "answer": "Yo"}, {"question": "Why?", "answer": "So"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    source = Source.parse("org/set:main@abc#test:prompt=question,response=answer")
+    rows = read_rows(source)
+    assert [(r.id, r.source, r.response) for r in rows] == [("set-1", "set", "Yo"), ("set-2", "set", "So")]
+    assert asked == [(("org/set", "main"), {"revision": "abc", "split": "test"})]
+    assert source.sha256() == Source.parse("org/set").sha256() and asked[-1][1]["split"] == "train"
+    with refused("org/set, row 1: the columns found, 'question', 'answer', make none"):
+        read_rows("org/set")
+
+
+def test_hub_datasets_out_of_reach(monkeypatch, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with refused("no-such-org/none is no file, is not in the local cache of datasets, and the hub cannot be reached.*name a JSONL"):
+        read_rows("no-such-org/none")
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: (_ for _ in ()).throw(ValueError('Unknown split "x".')))
+    with refused("as a dataset on the hub it can't be loaded: Unknown split"):
+        read_rows("org/set#x")
+    with refused("data/my_task.jsonl can't be read: No such file"):  # a missing file is not looked for on the hub
+        read_rows("data/my_task.jsonl")
+    (tmp_path / "t.jsonl").write_bytes(GOOD)
+    with refused("split is for datasets on the hub, but .*t.jsonl is taken for a file"):
+        read_rows(f"{tmp_path}/t.jsonl#test")
+
+
+def test_without_the_datasets_package(monkeypatch):
+    original = builtins.__import__
+
+    def lacking(name, *args, **kwargs):
+        if name == "datasets":
+            raise ImportError(name)
+        return original(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", lacking)
+    with refused("need the datasets package: pip install datasets"):
+        read_rows("org/set")
