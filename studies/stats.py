@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import stdtrit
 
 from studies.claims import Prediction
 
@@ -78,17 +79,25 @@ def bootstrap(statistic: Callable[[Mapping[str, float]], float], arms: Mapping[s
 
 
 def over_seeds(statistic: Callable[[NDArray[np.intp]], float], n: int, *, draws: int = 4000, level: float = LEVEL, seed: int = 0) -> Effect:
-    """Percentile interval of a statistic of ``n`` seeds, resampling seeds; ``statistic`` takes their numbers. Narrow rather than wide
-    for few seeds, as :func:`bootstrap`.
+    r"""Interval of a statistic of ``n`` seeds, resampling seeds; ``statistic`` takes their numbers.
+
+    :math:`\hat\theta\pm t_{n-1}\,\mathrm{se}`, where se is the standard deviation of the bootstrap draws times :math:`\sqrt{n/(n-1)}`. For a mean that is
+    Student's interval, right for normal seeds at any n; percentiles of the draws cover 77 % at three seeds and 91 % at twelve
+    (figures/lab_calibration.csv). For other statistics it is first-order right, and it is symmetric even where they are bounded.
+    One seed has no interval (nan).
 
     >>> x = np.array([1.0, 2.0, 3.0])
-    >>> over_seeds(lambda seeds: x[seeds].mean(), 3, draws=100).value
-    2.0
+    >>> effect = over_seeds(lambda seeds: x[seeds].mean(), 3)
+    >>> effect.value, round(effect.high - effect.value, 1)  # 4.303 · 1 / √3
+    (2.0, 2.5)
     """
+    value = float(statistic(np.arange(n)))
+    if n < 2:
+        return Effect(value, float("nan"), float("nan"), level)
     rng = np.random.default_rng(seed)
-    values = [statistic(rng.integers(n, size=n)) for _ in range(draws)]
-    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
-    return Effect(float(statistic(np.arange(n))), float(low), float(high), level)
+    error = np.std([statistic(rng.integers(n, size=n)) for _ in range(draws)]) * np.sqrt(n / (n - 1))
+    reach = float(stdtrit(n - 1, (1 + level) / 2) * error)
+    return Effect(value, value - reach, value + reach, level)
 
 
 def factorial(own_old: float, own_new: float, foreign_old: float, foreign_new: float) -> dict[str, float]:

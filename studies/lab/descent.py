@@ -1,15 +1,16 @@
 """Gradient descent on expected losses, no row drawn: many models, arms and seeds side by side."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.func import grad, vmap
 
-from studies.lab.model import Params, Support, flat_stacked, log_probs
+from studies.lab.model import Params, Support, flat_stacked
 from studies.lab.tree import N_NODES, PROMPTS
+from studies.lab.walk import Walk
 
-TOGETHER = 12  # models in one batch: more would only leave the processor's caches
+TOGETHER = 6  # models in one batch: more would only leave the processor's caches
 
 
 def descend(model: nn.Module, params: Params, flows: Tensor, *, lr: float, record: Sequence[int]) -> Tensor:
@@ -25,20 +26,29 @@ def descend(model: nn.Module, params: Params, flows: Tensor, *, lr: float, recor
 
 
 def _together(model: nn.Module, params: Params, flows: Tensor, lr: float, record: Sequence[int]) -> Tensor:
-    support = Support(flows)
-    targets = support.of(flows)
-
-    def loss(p: Params, target: Tensor) -> Tensor:
-        if len(support.nodes) > N_NODES // 2:
-            return -(target * log_probs(model, p, PROMPTS[support.prompts])[:, support.nodes]).sum()
-        return -(target * support.log_probs(model, p)).sum()
-
-    gradient = vmap(grad(loss))
+    gradient = _gradient(model, flows)
     params, kept = {n: p.clone() for n, p in params.items()}, []
     for step in range(record[-1] + 1):
         if step in record:
             kept.append(flat_stacked(params))
         if step < record[-1]:
-            for p, g in zip(params.values(), gradient(params, targets).values(), strict=True):
+            for p, g in zip(params.values(), gradient(params), strict=True):
                 p -= lr * g
     return torch.stack(kept)
+
+
+def _gradient(model: nn.Module, flows: Tensor) -> Callable[[Params], Iterable[Tensor]]:
+    """The gradients of all models' losses: over the whole tree where the flows fill it, else over what they touch."""
+    support = Support(flows)
+    if len(support.nodes) > N_NODES // 2:
+        walk = Walk(model, PROMPTS[support.prompts])
+        whole = walk.of(flows[:, support.prompts])
+
+        def of_walk(params: Params) -> Iterable[Tensor]:
+            leaves = {n: p.detach().requires_grad_() for n, p in params.items()}
+            return torch.autograd.grad(walk.loss(leaves, whole), list(leaves.values()))
+
+        return of_walk
+    targets = support.of(flows)
+    of_one = vmap(grad(lambda p, target: -(target * support.log_probs(model, p)).sum()))
+    return lambda params: of_one(params, targets).values()

@@ -19,17 +19,18 @@ from studies.lab.units import Unit, kept, load, work
 
 def make(setup: Setup, folder: Path, workers: int, *, quick: bool, repeats: int) -> dict[str, Rows]:
     """All tables, by name, from units that are kept in ``folder`` and found there again. Training comes first: other units need its weights."""
-    home = folder / _key(asdict(setup), _code("tree", "world", "model", "exact", "descent", "experiment", "start", "courses", "sweeps"))
+    home = folder / _key(asdict(setup), _code("tree", "world", "model", "walk", "exact", "descent", "experiment", "start", "courses", "sweeps"))
     ensure_writable(home)
     parts = _parts(list(main_arms()), max(1, TOGETHER // setup.seeds))
     work([Unit(f"weights{i}.pt", _trained, (home, setup, names)) for i, names in enumerate(parts)], home, workers, "training")
     conditions = list(sweeps.sweeps(setup, quick=quick))
     units = [
-        Unit(f"calibration-{repeats}-{_code('calibration')}.json", _calibration, (home, setup, repeats)), Unit("forces.json", _forces, (home, setup)),
-        Unit("arms.json", _arms, (home, setup, len(parts))), *(Unit(f"seed{s}.json", _seed, (home, setup, len(parts), s)) for s in range(setup.seeds)),
+        *(Unit(f"calibration-{group}-{repeats}-{_code('calibration', 'drawing')}.json", _calibration, (home, setup, group, repeats)) for group in calibration.GROUPS),
+        Unit("forces.json", _forces, (home, setup)), Unit("arms.json", _arms, (home, setup, len(parts))), *(Unit(f"seed{s}.json", _seed, (home, setup, len(parts), s)) for s in range(setup.seeds)),
         *(Unit(f"sweep-{_key(asdict(c.setup), c.name, c.value)}.json", _sweep, (home, setup, quick, i)) for i, c in enumerate(conditions))]
-    calibrated, forces, arms, *rest = work(units, home, workers, "measuring")
-    tables: dict[str, Rows] = {"calibration": calibrated, "forces": forces, "arms": arms, "sweeps": [row for rows in rest[setup.seeds:] for row in rows]}
+    found = work(units, home, workers, "measuring")
+    calibrated, (forces, arms, *rest) = found[: len(calibration.GROUPS)], found[len(calibration.GROUPS) :]
+    tables: dict[str, Rows] = {"calibration": [row for rows in calibrated for row in rows], "forces": forces, "arms": arms, "sweeps": [row for rows in rest[setup.seeds:] for row in rows]}
     for of_seed in rest[:setup.seeds]:
         for name, rows in of_seed.items():
             tables.setdefault(name, []).extend(rows)
@@ -83,5 +84,5 @@ def _sweep(home: Path, setup: Setup, quick: bool, number: int) -> Rows:
     return sweeps.condition(sweep, _bases(home, sweep.setup))
 
 
-def _calibration(home: Path, setup: Setup, repeats: int) -> Rows:
-    return calibration.calibrate(_bases(home, setup), repeats=repeats)
+def _calibration(home: Path, setup: Setup, group: str, repeats: int) -> Rows:
+    return calibration.calibrate(_bases(home, setup), group, repeats)

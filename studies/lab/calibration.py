@@ -1,0 +1,428 @@
+r"""Every estimator of :mod:`drift` against the value that it estimates, on rows drawn from a world where that value is a sum.
+
+The instruments run as they do on real models: on batches of sampled rows, with their own standard errors. A *repeat* draws new rows. Where an
+instrument treats rows apart (Gram matrices, sketches, divergences), it is run once on every row that any repeat has drawn, and a repeat takes its
+rows' part of the result, which is what it would give on the repeat's batch.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.stats import binomtest
+from scipy.stats import t as student
+from torch import Tensor
+
+import drift
+from drift import alignment, fisher
+from drift.decompose import decompose
+from drift.divergence import RowDivergences
+from drift.forward import logits_of, summed_nll
+from sasft.chat import collate
+from studies.lab import exact
+from studies.lab.courses import Rows
+from studies.lab.descent import descend
+from studies.lab.drawing import PAD, draw, encoded, module
+from studies.lab.exact import Expected
+from studies.lab.experiment import ALL, OTHERS, Bases, cell, external_rows, rows_of_cell, self_rows, tables
+from studies.lab.model import unflat
+from studies.lab.tree import N_RESPONSES, flow, response_probabilities
+from studies.lab.world import prompts_of
+from studies.stats import over_seeds
+
+Batch = Mapping[str, object]
+Found = tuple[float, float, float]  # an estimate, and the ends of its interval (nan without one)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One estimator. ``exact``: what it estimates; ``find(k)``: what it finds in repeat k; ``seconds``: of one call on ``rows`` rows;
+    ``of_pass``: in units of a forward and a backward pass over them (nan where no model is run)."""
+
+    quantity: str
+    estimator: str
+    rows: int
+    exact: float
+    find: Callable[[int], Found]
+    seconds: float = math.nan
+    of_pass: float = math.nan
+
+
+def within(value: float, error: float, units: int) -> Found:
+    """An estimate with the 95 % interval that its standard error over so many independent units gives: ± t · error."""
+    reach = student.ppf(0.975, units - 1) * error
+    return value, value - reach, value + reach
+
+
+def bare(value: float) -> Found:
+    """An estimate that comes without an interval."""
+    return value, math.nan, math.nan
+
+
+class Place:
+    """One base of the lab, a drift from it, and sources of rows: what all cases share."""
+
+    def __init__(self, bases: Bases, seed: int = 0) -> None:
+        self.bases, self.seed = bases, seed
+        self.base = module(bases.one(seed), bases.setup.width)
+        self.sources = {"self": self_rows(bases, seed), "kept": self_rows(bases, seed, prompts=OTHERS),
+                        "external": external_rows(1.0)(bases, seed), "foreign": rows_of_cell(bases, seed, "foreign", "old", ALL)}
+
+    @cached_property
+    def drift(self) -> Tensor:
+        """δ [P] after ten steps of training on the task."""
+        task = cell("foreign", "new")(self.bases, self.seed)
+        start = {n: p[self.seed : self.seed + 1] for n, p in self.bases.params.items()}
+        weights = descend(self.bases.model, start, task[None], lr=self.bases.setup.lr, record=(0, 10))
+        return weights[1, 0] - weights[0, 0]
+
+    @cached_property
+    def drifted(self) -> torch.nn.Module:
+        """The model at θ₀ + δ."""
+        return module({n: p + d for (n, p), d in zip(self.bases.one(self.seed).items(), self.by_name(self.drift).values(), strict=True)},
+                      self.bases.setup.width)
+
+    def by_name(self, vector: Tensor) -> dict[str, Tensor]:
+        """A vector [P] by parameter."""
+        return unflat(vector, self.bases.one(self.seed))
+
+    def expected(self, source: str) -> Tensor:
+        """The exact gradient [P] of a source at θ₀."""
+        return Expected(self.bases.model, flow(self.sources[source])).gradient(self.bases.one(self.seed))
+
+    def batch(self, numbers: Tensor) -> dict:
+        """Drawn rows as a batch."""
+        return collate(encoded(numbers), PAD)
+
+    def seconds(self, call: Callable[[], object]) -> float:
+        """Time of one call: the median of five, after one to warm up."""
+        call()
+        spent = []
+        for _ in range(5):
+            began = time.perf_counter()
+            call()
+            spent.append(time.perf_counter() - began)
+        return float(np.median(spent))
+
+    def cost(self, batch: Batch, call: Callable[[], object]) -> dict[str, float]:
+        """``seconds`` and ``of_pass`` of a call on a batch."""
+        def plain() -> None:
+            summed_nll(self.base, batch, logits_of).backward()
+            self.base.zero_grad()
+
+        spent = self.seconds(call)
+        return {"seconds": spent, "of_pass": spent / self.seconds(plain)}
+
+
+class Pool:
+    """The rows of all repeats, [K, n] numbers a source, and the different ones among them."""
+
+    def __init__(self, place: Place, sources: Sequence[str], repeats: int, n: int, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.stack([draw(place.sources[s], repeats * n, generator).view(repeats, n) for s in sources])
+        self.unique, places = drawn.unique(return_inverse=True)
+        self.drawn = dict(zip(sources, drawn, strict=True))
+        self.places = {s: p.numpy() for s, p in zip(sources, places, strict=True)}
+
+
+# --- gradients ------------------------------------------------------------------------------------------------------------
+
+
+def gradients(place: Place, repeats: int, n: int = 32) -> Iterator[Case]:
+    """Expected gradients, their products, cosines and coherence, from Gram matrices of rows."""
+    pool = Pool(place, ("self", "external", "foreign"), repeats, n, 1)
+    gram = alignment.gradient_gram(place.base, place.batch(pool.unique)).total()
+    mean = {s: place.expected(s).numpy() for s in pool.drawn}
+    power = _expected_power(place, "external")
+    one, two = [list(range(n))], [list(range(n)), list(range(n, 2 * n))]
+
+    def of(sources: Sequence[str], k: int) -> NDArray[np.float64]:
+        chosen = np.concatenate([pool.places[s][k] for s in sources])
+        return gram[np.ix_(chosen, chosen)]
+
+    def case(quantity: str, estimator: str, sources: Sequence[str], truth: float, statistic: Callable, *, interval: bool = True) -> Case:
+        groups = one if len(sources) == 1 else two
+
+        def estimate(k: int) -> Found:
+            found = of(sources, k)
+            value = statistic(found, groups)
+            return within(value, alignment.jackknife(lambda g: statistic(found, g), groups), n) if interval else bare(value)
+
+        batch = place.batch(torch.cat([pool.drawn[s][0] for s in sources]))
+        cost = place.cost(batch, lambda: statistic(alignment.gradient_gram(place.base, batch).total(), groups))
+        return Case(quantity, estimator, n, truth, estimate, **cost)
+
+    def norm2(g: NDArray, groups: Sequence) -> float:
+        return alignment.mean_inner(g, groups[0], groups[0])
+
+    def raw_norm2(g: NDArray, groups: Sequence) -> float:
+        return float(g[np.ix_(groups[0], groups[0])].mean())
+
+    a, b = mean["external"], mean["foreign"]
+    cos = float(a @ b / np.sqrt(a @ a * (b @ b)))
+    yield case("‖E g‖², external data", "alignment.mean_inner", ["external"], a @ a, norm2)
+    yield case("‖E g‖², self-data (exact: 0)", "alignment.mean_inner", ["self"], float(mean["self"] @ mean["self"]), norm2)
+    yield case("‖E g‖², external data", "uncorrected: ‖mean g‖²", ["external"], a @ a, raw_norm2, interval=False)
+    yield case("⟨E g, E g'⟩", "alignment.mean_inner", ["external", "foreign"], a @ b, lambda g, r: alignment.mean_inner(g, *r))
+    yield case("cos(E g, E g')", "alignment.cosine", ["external", "foreign"], cos, lambda g, r: alignment.cosine(g, *r))
+    yield case("cos(E g, E g')", "uncorrected: raw_cosine", ["external", "foreign"], cos, lambda g, r: alignment.raw_cosine(g, *r), interval=False)
+    yield case("coherence, external data", "alignment.coherence", ["external"], a @ a / power, lambda g, r: alignment.coherence(g, r[0]))
+
+
+def _expected_power(place: Place, source: str) -> float:
+    """E‖g‖² of a source's rows, over all that have weight."""
+    rows = place.sources[source].flatten()
+    kept = (rows > 0).nonzero().squeeze(1)
+    found = exact.row_gradients(place.bases.model, place.bases.one(place.seed), kept // N_RESPONSES, kept % N_RESPONSES)
+    return float((rows[kept] * found.square().sum(1)).sum())
+
+
+def source_split(place: Place, repeats: int, n: int = 16, steps: int = 8) -> Iterator[Case]:
+    """The same from inside training's own backward passes, pooled over steps (the weights stand still)."""
+    pool = Pool(place, ("external", "foreign"), repeats, n * steps, 2)
+    tags = [0] * n + [1] * n
+    a, b = (place.expected(s).numpy() for s in ("external", "foreign"))
+    truths = {"sources.pooled, inner": float(a @ b), "sources.pooled, cosine": float(a @ b / np.sqrt(a @ a * (b @ b)))}
+    sources = drift.SourceGradients(place.base, ["a", "b"], folds=2)
+
+    def one(numbers: Tensor) -> drift.SourceAlignment:
+        sources.tag(tags)
+        summed_nll(place.base, place.batch(numbers), logits_of).backward()
+        place.base.zero_grad()
+        return sources.step()
+
+    def repeat(k: int) -> list[drift.SourceAlignment]:
+        parts = [pool.drawn[s][k].view(steps, n) for s in ("external", "foreign")]
+        with sources:
+            return [one(torch.cat([p[t] for p in parts])) for t in range(steps)]
+
+    found = [{name: drift.sources.pooled(some, ["a", "b"], statistic)
+              for name, statistic in zip(truths, (alignment.mean_inner, alignment.cosine), strict=True)} for some in map(repeat, range(repeats))]
+    numbers = torch.cat([pool.drawn[s][0, :n] for s in ("external", "foreign")])
+    with sources:
+        cost = place.cost(place.batch(numbers), lambda: one(numbers))
+    for (name, truth), quantity in zip(truths.items(), ("⟨E g, E g'⟩, from 8 training steps", "cos(E g, E g'), from 8 training steps"), strict=True):
+        yield Case(quantity, name, n * steps, truth, lambda k, name=name: within(*found[k][name], steps), **cost)
+
+
+# --- Fisher ---------------------------------------------------------------------------------------------------------------
+
+
+def fishers(place: Place, repeats: int, n: int = 32) -> Iterator[Case]:
+    """Fisher-weighted drift of one δ, ½ δᵀFδ, from forms of F on rows that the base has written about the kept topics."""
+    matrix = exact.fisher(place.bases.model, place.bases.one(place.seed), prompts_of(OTHERS))
+    pool = Pool(place, ("kept",), repeats, n, 3)
+    drawn = pool.drawn["kept"]
+    base = drift.Reference.snapshot(place.base)
+    delta = place.by_name(place.drift)
+    cells = _slices(delta)
+    half_diagonal = {name: float((matrix.diagonal()[at] * place.drift[at] ** 2).sum() / 2) for name, at in cells.items()}
+    half_block = {name: float(place.drift[at] @ matrix[at, at] @ place.drift[at] / 2) for name, at in cells.items()}
+    matrices = [name for name, p in delta.items() if p.dim() == 2]
+    linear = [name for name in matrices if "embed" not in name]
+
+    def weighted(form: fisher.Fisher) -> Found:
+        return bare(sum(d.value for d in fisher.weighted_drift(form, place.drifted, base)))
+
+    def case(quantity: str, estimator: str, truth: float, estimate: Callable[[list, int], Found]) -> Case:
+        batch = place.batch(drawn[0])
+        return Case(quantity, estimator, n, truth, lambda k: estimate([place.batch(drawn[k])], k), **place.cost(batch, lambda: estimate([batch], 0)))
+
+    vectors = drift.Sketch(64, 64).gradients(place.base, place.batch(pool.unique))
+    squares = np.concatenate([place.by_name(place.drift)[name].reshape(-1).numpy() for name in vectors.columns]) ** 2
+
+    def mean_squared(_: list, k: int) -> Found:
+        return bare(float((vectors.values[pool.places["kept"][k]].mean(0) ** 2 * squares).sum() / 2))
+
+    everything = float(place.drift @ matrix @ place.drift / 2)
+    yield case("½ δᵀFδ", "fisher.quadratic", everything, lambda b, k: bare(fisher.quadratic(place.base, b, delta) / 2))
+    diagonal = sum(half_diagonal.values())
+    yield case("½ Σ Fᵢᵢδᵢ²", "fisher.diagonal, sequence", diagonal, lambda b, k: weighted(fisher.diagonal(place.base, b, seed=k)))
+    yield case("½ Σ Fᵢᵢδᵢ²", "fisher.diagonal, token", diagonal, lambda b, k: weighted(fisher.diagonal(place.base, b, estimator="token", seed=k)))
+    yield case("½ Σ Fᵢᵢδᵢ²", "uncorrected: batch mean squared", diagonal, mean_squared)
+    yield case("½ Σ Fᵢᵢδᵢ² of matrices", "fisher.rank_one", sum(half_diagonal[m] for m in matrices),
+               lambda b, k: weighted(fisher.rank_one(place.base, b, seed=k)))
+    yield case("½ Σ δₗᵀFₗδₗ of linear layers", "fisher.kfac", sum(half_block[m] for m in linear),
+               lambda b, k: weighted(fisher.kfac(place.base, b, seed=k)))
+
+
+def _slices(like: Mapping[str, Tensor]) -> dict[str, slice]:
+    found, start = {}, 0
+    for name, p in like.items():
+        found[name] = slice(start, start + p.numel())
+        start += p.numel()
+    return found
+
+
+def push(place: Place, repeats: int, n: int = 8, batches: int = 6) -> Iterator[Case]:
+    """How self-data answer a drift, against Fδ."""
+    pool = Pool(place, ("self",), repeats, n * batches, 4)
+    base = drift.Reference.snapshot(place.base)
+    own = Expected(place.bases.model, flow(place.sources["self"]))
+    force = own.gradient(unflat(_flat(place.bases.one(place.seed)) + place.drift, place.bases.one(place.seed)))
+    matrix = exact.fisher(place.bases.model, place.bases.one(place.seed), prompts_of(ALL))
+    truth = float(force @ place.drift / (place.drift @ matrix @ place.drift))
+
+    def estimate(k: int) -> fisher.RestoringForce:
+        return fisher.restoring_force(place.drifted, base, [place.batch(x) for x in pool.drawn["self"][k].view(batches, n)])
+
+    def found(k: int) -> Found:
+        one = estimate(k)
+        return within(one.slope_along_drift, one.slope_along_drift_stderr, batches)
+
+    cost = place.cost(place.batch(pool.drawn["self"][0]), lambda: estimate(0))
+    yield Case("⟨g, δ⟩ / δᵀFδ of self-data", "fisher.restoring_force", n * batches, truth, found, **cost)
+
+
+def _flat(params: Mapping[str, Tensor]) -> Tensor:
+    return torch.cat([p.reshape(-1) for p in params.values()])
+
+
+# --- divergences ----------------------------------------------------------------------------------------------------------
+
+
+def divergences(place: Place, repeats: int, n: int = 64) -> Iterator[Case]:
+    """Divergences from the base on rows that the base has written about the kept topics, nats a token."""
+    pool = Pool(place, ("kept",), repeats, n, 5)
+    probe = drift.DivergenceProbe("kept", [place.batch(pool.unique)], base=place.base)
+    probe.prepare(place.drifted)
+    whole = probe.per_row(place.drifted)
+    base, model = place.bases.log_p[place.seed], _log_p(place)
+    own = response_probabilities(base)
+    reach = (flow(prompts_of(OTHERS)[:, None] * own)).sum(-1)
+
+    def expected(per_node: Tensor) -> float:
+        return float((reach * per_node).sum() / reach.sum())
+
+    def of(k: int) -> RowDivergences:
+        at = torch.from_numpy(pool.places["kept"][k])
+        return RowDivergences(**{f.name: getattr(whole, f.name)[at] for f in fields(whole)})
+
+    one = drift.DivergenceProbe("kept", [place.batch(pool.drawn["kept"][0])], base=place.base)
+    one.prepare(place.drifted)
+    cost = place.cost(place.batch(pool.drawn["kept"][0]), lambda: one.per_row(place.drifted))
+    kl = expected((base.exp() * (base - model)).sum(-1))
+    for quantity, metric, truth in (
+            ("KL(base ‖ model)", "kl_base_model", kl),
+            ("KL(model ‖ base)", "kl_model_base", expected((model.exp() * (model - base)).sum(-1))),
+            ("entropy of the model", "entropy_model", expected(-(model.exp() * model).sum(-1))),
+            ("NLL of the base's rows", "nll_model", expected(-(base.exp() * model).sum(-1)))):
+        yield Case(quantity, f"DivergenceProbe, {metric}", n, truth, lambda k, metric=metric: within(*of(k).mean(metric), n), **cost)
+
+    def sampled(k: int) -> Found:
+        rows = of(k)
+        difference = RowDivergences(**{f.name: getattr(rows, f.name) for f in fields(rows) if f.name != "nll_model"}, nll_model=rows.nll_model - rows.nll_base)
+        return within(*difference.mean("nll_model"), n)
+
+    yield Case("KL(base ‖ model)", "sampled log-ratio (k1)", n, kl, sampled, **cost)
+
+
+def _log_p(place: Place) -> Tensor:
+    weights = _flat(place.bases.one(place.seed)) + place.drift
+    return tables(place.bases.model, weights[None], {n: p[:1] for n, p in place.bases.params.items()})[0]
+
+
+# --- style and content ------------------------------------------------------------------------------------------------------
+
+
+def decompositions(place: Place, repeats: int, n: int = 48) -> Iterator[Case]:
+    """Parts of the gradient that style and content make up, from rows of the four cells at the same prompts."""
+    kinds = [("own", "old"), ("foreign", "old"), ("own", "new"), ("foreign", "new")]
+    rows = [rows_of_cell(place.bases, place.seed, *kind, ALL) for kind in kinds]
+    expected = [_by_prompt(place, r) for r in rows]
+    prompts = rows[0].sum(1)
+    generator = torch.Generator().manual_seed(6)
+    x = torch.multinomial(prompts, repeats * n, replacement=True, generator=generator)
+    numbers = torch.stack([x * N_RESPONSES + torch.multinomial(r[x], 1, generator=generator).squeeze(1) for r in rows])
+    unique, places = numbers.unique(return_inverse=True)
+    vectors = drift.Sketch(64, 64).gradients(place.base, place.batch(unique)).values  # sides of up to 64 are left as they are: whole gradients
+    drawn = places.view(4, repeats, n).numpy()
+
+    def cells(k: int) -> list[NDArray[np.float64]]:
+        return [vectors[drawn[c, k]] for c in range(4)]
+
+    found = [decompose(*cells(k), resamples=200, seed=k) for k in range(repeats)]
+    oo, fo, on, fn = expected
+    weight = prompts[:, None]
+    style, content = (weight * ((fo - oo) + (fn - on)) / 2).sum(0), (weight * ((on - oo) + (fn - fo)) / 2).sum(0)
+    total = style + content
+    spent = place.seconds(lambda: decompose(*cells(0), resamples=200))
+    for quantity, name, truth, read in (
+            ("‖E style effect‖²", "decompose, style.norm2", style @ style, lambda d: within(d.style.norm2, d.style.stderr, n)),
+            ("‖E content effect‖²", "decompose, content.norm2", content @ content, lambda d: within(d.content.norm2, d.content.stderr, n)),
+            ("cos(style, content)", "decompose, cos", style @ content / (style.norm() * content.norm()), lambda d: bare(d.cos)),
+            ("style's share of the gradient", "decompose, style_share", style @ total / (total @ total),
+             lambda d: (d.style_share.value, d.style_share.low, d.style_share.high))):
+        yield Case(quantity, name, n, float(truth), lambda k, read=read: read(found[k]), seconds=spent)
+
+
+def _by_prompt(place: Place, rows: Tensor) -> Tensor:
+    """Expected gradients [X, P] of a cell at each prompt."""
+    found = []
+    for x in range(len(rows)):
+        only = torch.zeros_like(rows)
+        only[x] = rows[x] / rows[x].sum()
+        found.append(Expected(place.bases.model, flow(only)).gradient(place.bases.one(place.seed)))
+    return torch.stack(found)
+
+
+def sketches(place: Place, repeats: int) -> Iterator[Case]:
+    """Inner products of random projections: a repeat is another projection of the same two gradients."""
+    a, b = (place.by_name(place.expected(s)) for s in ("external", "foreign"))
+    truth = float(sum((a[name] * b[name]).sum() for name in a))
+
+    def estimate(k: int) -> Found:
+        sketch = drift.Sketch(4, 4, seed=k)
+        return bare(float(sum((sketch.project(name, a[name]) * sketch.project(name, b[name])).sum() for name in a)))
+
+    yield Case("⟨E g, E g'⟩ of sketches", "Sketch(4, 4)", 1, truth, estimate, seconds=place.seconds(lambda: estimate(0)))
+
+
+# --- intervals of the studies -------------------------------------------------------------------------------------------------
+
+
+def seed_intervals(place: Place, repeats: int) -> Iterator[Case]:
+    """The studies' own interval of a mean over few seeds, where seeds are normal and where they are skewed."""
+    rng = np.random.default_rng(7)
+    for n in (3, 10, 12):
+        for kind, values in (("normal", rng.normal(size=(repeats, n))), ("skewed", rng.exponential(size=(repeats, n)))):
+            def estimate(k: int, values=values, n=n) -> Found:
+                found = over_seeds(lambda s: values[k][s].mean(), n, draws=200, seed=k)
+                return found.value, found.low, found.high
+
+            yield Case(f"mean over {n} seeds, {kind}", "stats.over_seeds", n, 0.0 if kind == "normal" else 1.0, estimate,
+                       seconds=place.seconds(lambda e=estimate: e(0)))
+
+
+GROUPS: dict[str, Callable[[Place, int], Iterator[Case]]] = {
+    "gradients": gradients, "source split": source_split, "fishers": fishers, "push": push, "divergences": divergences,
+    "decompositions": decompositions, "sketches": sketches, "seed intervals": seed_intervals}
+
+
+def calibrate(bases: Bases, group: str, repeats: int) -> Rows:
+    """One row an estimator of a group: its bias with the error of that, its spread, and how often its 95 % interval covers the truth."""
+    return [_row(case, repeats) for case in GROUPS[group](Place(bases), repeats)]
+
+
+def _row(case: Case, repeats: int) -> dict[str, object]:
+    values, lows, highs = np.array([case.find(k) for k in range(repeats)]).T
+    usable = np.isfinite(values)
+    spread = float(values[usable].std(ddof=1))
+    row: dict[str, object] = {
+        "quantity": case.quantity, "estimator": case.estimator, "rows": case.rows, "repeats": repeats, "undefined": int((~usable).sum()), "exact": case.exact,
+        "mean": float(values[usable].mean()), "bias": float(values[usable].mean()) - case.exact, "bias_error": spread / math.sqrt(usable.sum()), "spread": spread}
+    judged = np.isfinite(lows) & np.isfinite(highs)
+    covered = judged & (lows <= case.exact) & (case.exact <= highs)
+    interval = binomtest(int(covered.sum()), int(judged.sum())).proportion_ci(method="wilson") if judged.any() else None
+    row |= {"coverage": float(covered.sum() / judged.sum()) if interval else None, "coverage_low": interval.low if interval else None,
+            "coverage_high": interval.high if interval else None, "seconds": _known(case.seconds), "of_pass": _known(case.of_pass)}
+    return row
+
+
+def _known(x: float) -> float | None:
+    return x if math.isfinite(x) else None
