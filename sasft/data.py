@@ -121,7 +121,7 @@ def read_rows(source: Source | Path | str, *, torn_ok: bool = False) -> list[Row
 
 @dataclass(frozen=True)
 class EncodeReport:
-    """What :func:`encode_rows` did; ``longest`` is the longest row before that, in tokens."""
+    """What :func:`encode_rows` did; ``longest`` is the longest row before that, in tokens; ``kept_rows``: which ones were kept."""
 
     rows: int
     kept: int
@@ -129,6 +129,7 @@ class EncodeReport:
     dropped: int
     longest: int
     loss_tokens: int
+    kept_rows: Sequence[int]
 
     def __str__(self) -> str:
         return (f"{self.kept} of {self.rows} rows, {self.loss_tokens} tokens in the loss "
@@ -157,6 +158,7 @@ def encode_rows(
     if too_long not in ("error", "truncate", "drop"):
         raise UsageError(f"too_long must be error, truncate or drop, got {too_long!r}")
     encoded = [_encode(row, chat, turns) for row in rows]
+    kept: Sequence[int] = range(len(rows))
     longest = max((len(e.input_ids) for e in encoded), default=0)
     over = [i for i, e in enumerate(encoded) if len(e.input_ids) > max_tokens]
     if over and too_long == "error":
@@ -173,7 +175,8 @@ def encode_rows(
                 "raise max_tokens, or set too_long to drop")
         encoded = [e.cut(max_tokens) for e in encoded]
     elif over:
-        encoded = [e for e in encoded if len(e.input_ids) <= max_tokens]
+        kept = [i for i, e in enumerate(encoded) if len(e.input_ids) <= max_tokens]
+        encoded = [encoded[i] for i in kept]
         if not encoded:
             raise UsageError(f"all {len(rows)} rows have more than max_tokens={max_tokens} tokens, "
                              "so dropping them leaves nothing; raise max_tokens, or set too_long "
@@ -181,7 +184,7 @@ def encode_rows(
     return encoded, EncodeReport(
         rows=len(rows), kept=len(encoded), truncated=len(over) if too_long == "truncate" else 0,
         dropped=len(rows) - len(encoded), longest=longest,
-        loss_tokens=sum(e.loss_tokens for e in encoded))
+        loss_tokens=sum(e.loss_tokens for e in encoded), kept_rows=kept)
 
 
 def _encode(row: Row, chat: Chat, turns: Turns) -> Encoded:

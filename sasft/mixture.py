@@ -1,0 +1,184 @@
+"""A mix on disk: the rows of every step in the order of training, what they are made of, and where they come from.
+
+``rows.jsonl`` holds one line for every row that is read, repeats included, so that any trainer can take it as it stands;
+``mix.json`` the realised shares in rows and tokens, repeats, settings, and the SHA-256 of every source and of the rows.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import AutoTokenizer
+
+from sasft.chat import Chat, Encoded, Turns
+from sasft.controls import match, shuffle_tokens
+from sasft.data import Row, encode_rows, read_rows
+from sasft.errors import UsageError
+from sasft.files import ensure_writable, sha256_file, write_json
+from sasft.manifest import differences
+from sasft.mixing import By, Plan, mix
+from sasft.models import resolve
+from sasft.settings import option
+from sasft.sources import Source
+from sasft.versions import versions
+
+
+@dataclass(kw_only=True)
+class MixSettings:
+    """Mix any number of sources into the rows of every training step, exactly, and write them down with what they amount to."""
+
+    sources: list[str] = option([], "NAME=SOURCE of each, a source being FILE[:field=column,...] (JSONL or Parquet) or a hub dataset "
+                                    "ORG/NAME[:config][@revision][#split][:field=column,...]; without a name, its file's")
+    shares: list[float] = option([], "a positive number for each source, in their order; they are scaled to a sum of 1 (none: equal "
+                                     "shares)")
+    by: By = option("rows", "what the shares are shares of: rows read, loss tokens (short self-dialogues against long task rows: by "
+                            "rows they weigh less than the share says), or loss (rows read equally often, weighted in the loss)")
+    steps: int = option(100, "optimiser steps")
+    rows_per_step: int | None = option(None, "rows a step, of all sources together (16, unless tokens_per_step is given)")
+    tokens_per_step: int | None = option(None, "loss tokens a step, of all sources together, instead of rows_per_step")
+    like: str | None = option(None, "folder of another mix whose steps this one fills with its own sources: the control of equal "
+                                    "steps and tokens (it sets the number of steps and their sizes)")
+    equal: Literal["tokens", "rows"] = option("tokens", "what a step has in common with that of the mix named by like")
+    shuffle: list[str] = option([], "names of sources whose answers' tokens are put in random order: the control that keeps the tokens "
+                                    "and loses what they say")
+    model: str = option("smollm2-135m-instruct", "whose tokens are counted: embedded model name, local folder, or hub id (org/name)")
+    revision: str | None = option(None, "revision of a hub model")
+    max_tokens: int = option(1024, "longest row allowed, in tokens")
+    too_long: Literal["error", "truncate", "drop"] = option("error", "what to do with longer rows")
+    turns: Turns = option("last", "assistant turns in the loss: the last one of a row, or all")
+    seed: int = option(0, "seed of the order of rows")
+    out: str = option("", "folder of the mix")
+
+    def __post_init__(self) -> None:
+        if not self.sources:
+            raise UsageError("sources are missing: name at least one, as --sources task=my_task.jsonl self=self.jsonl")
+        if not self.out:
+            raise UsageError("out is missing: name a folder for the mix")
+        if self.shares and len(self.shares) != len(self.sources):
+            raise UsageError(f"shares must be one number a source: got {len(self.shares)} for {len(self.sources)} sources")
+        if self.like and (self.rows_per_step or self.tokens_per_step):
+            raise UsageError("like takes the sizes of steps from another mix, so rows_per_step and tokens_per_step must be left out")
+        if self.rows_per_step and self.tokens_per_step:
+            raise UsageError(f"give either rows_per_step or tokens_per_step, got {self.rows_per_step} and {self.tokens_per_step}")
+        names = self.named()
+        if len(names) < len(self.sources):
+            raise UsageError(f"two sources have one name; name them apart, as --sources a={self.sources[0]} ...: {self.sources}")
+        if unknown := set(self.shuffle) - names.keys():
+            raise UsageError(f"shuffle names {min(unknown)!r}, which is none of the sources {', '.join(names)}")
+
+    def named(self) -> dict[str, Source]:
+        """The sources by name."""
+        return dict(map(named_source, self.sources))
+
+
+def named_source(text: str) -> tuple[str, Source]:
+    """``name=SOURCE`` taken apart; a bare source has its file's name.
+
+    >>> named_source("self=runs/self.jsonl")[0], named_source("web.parquet:prompt=q,response=a")[0]
+    ('self', 'web')
+    """
+    name, equals, rest = text.partition("=")
+    if equals and name.isidentifier():
+        return name, Source.parse(rest)
+    source = Source.parse(text)
+    return source.name, source
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Rows by source, and the plan that reads them."""
+
+    rows: Mapping[str, Sequence[Row]]
+    plan: Plan
+
+
+def load_chat(model: str, revision: str | None = None) -> Chat:
+    """A model's chat template, without its weights."""
+    return Chat(AutoTokenizer.from_pretrained(resolve(model, revision=revision)))
+
+
+def make_mixture(settings: MixSettings) -> dict[str, Any]:
+    """Read the sources, lay out the plan and write the folder; returns what ``mix.json`` holds.
+
+    The same call again returns the finished mix. Raises :class:`UsageError` for sources that cannot be read or do not fit
+    the settings, and for a folder that holds another mix (what differs).
+    """
+    out = Path(settings.out)
+    ensure_writable(out)
+    sources = settings.named()
+    asked = {k: v for k, v in asdict(settings).items() if k not in ("out", "sources", "like")}
+    identity = {"settings": asked, "sources": {name: {"from": str(s), "sha256": s.sha256()} for name, s in sources.items()},
+                "like_sha256": sha256_file(Path(settings.like) / "rows.jsonl") if settings.like else None}
+    if (done := out / "mix.json").exists():
+        before = json.loads(done.read_text(encoding="utf-8"))
+        if differing := differences(before["identity"], json.loads(json.dumps(identity))):
+            raise UsageError(f"{out} holds another mix ({'; '.join(differing)}); name another folder, or remove this one")
+        return before
+    chat = load_chat(settings.model, settings.revision)
+    rows = {name: read_rows(source) for name, source in sources.items()}
+    encoded: dict[str, list[Encoded]] = {}
+    reports: dict[str, str] = {}
+    for name, read in rows.items():
+        encoded[name], report = encode_rows(read, chat, settings.max_tokens, settings.too_long, settings.turns)
+        rows[name], reports[name] = [read[i] for i in report.kept_rows], str(report)
+    for name in settings.shuffle:
+        encoded[name] = shuffle_tokens(encoded[name], seed=settings.seed)
+        rows[name] = [replace(r, response_ids=e.response_ids, response=chat.tokenizer.decode(e.response_ids), finished=e.finished)
+                      for r, e in zip(rows[name], encoded[name], strict=True)]
+    plan = _plan({name: [e.loss_tokens for e in found] for name, found in encoded.items()}, settings)
+    _write_rows(out / "rows.jsonl", Mixture(rows, plan))
+    report = {**plan.report(), "encoding": reports, "rows_sha256": sha256_file(out / "rows.jsonl"), "identity": identity,
+              "versions": versions()}
+    write_json(done, report)
+    return report
+
+
+def read_mixture(folder: Path | str) -> Mixture:
+    """A mix as :func:`make_mixture` wrote it: the rows that it reads, numbered anew by source, and the plan.
+
+    Raises :class:`UsageError` if the folder holds no mix, or if its rows were changed since.
+    """
+    folder = Path(folder)
+    if not (folder / "mix.json").exists():
+        raise UsageError(f"{folder} holds no mix (no mix.json); write one with `sasft mix`")
+    report = json.loads((folder / "mix.json").read_text(encoding="utf-8"))
+    if sha256_file(folder / "rows.jsonl") != report["rows_sha256"]:
+        raise UsageError(f"{folder / 'rows.jsonl'} is not the file that mix.json describes (another SHA-256); write the mix again")
+    found: dict[str, dict[int, Row]] = {source: {} for source in report["rows"]}
+    steps: list[list[tuple[str, int]]] = [[] for _ in range(report["steps"])]
+    for row in read_rows(folder / "rows.jsonl"):
+        found[row.source][row.meta["row"]] = row
+        steps[row.meta["step"] - 1].append((row.source, row.meta["row"]))
+    number = {source: {old: new for new, old in enumerate(sorted(of))} for source, of in found.items()}
+    rows = {source: [of[old] for old in sorted(of)] for source, of in found.items()}
+    plan = Plan(tuple(tuple((s, number[s][i]) for s, i in step) for step in steps),
+                {s: tuple(r.meta["loss_tokens"] for r in of) for s, of in rows.items()}, report["lambda_asked"], report["by"],
+                {s: share["asked"] for s, share in report["shares"].items()}, report["loss_weights"])
+    return Mixture(rows, plan)
+
+
+def _plan(tokens: Mapping[str, Sequence[int]], settings: MixSettings) -> Plan:
+    shares = dict(zip(tokens, settings.shares or [1.0] * len(tokens), strict=True))
+    if settings.like:
+        return match(read_mixture(settings.like).plan, tokens, shares, equal=settings.equal, by=settings.by, seed=settings.seed)
+    rows_per_step = settings.rows_per_step or (None if settings.tokens_per_step else 16)
+    return mix(tokens, shares, by=settings.by, steps=settings.steps, rows_per_step=rows_per_step,
+               tokens_per_step=settings.tokens_per_step, seed=settings.seed)
+
+
+def _write_rows(path: Path, mixture: Mixture) -> None:
+    temporary = path.with_name(f".{path.name}.writing")
+    with temporary.open("w", encoding="utf-8") as file:
+        for k, step in enumerate(mixture.plan, start=1):
+            file.writelines(json.dumps(_line(mixture, k, source, i), ensure_ascii=False) + "\n" for source, i in step)
+    temporary.replace(path)
+
+
+def _line(mixture: Mixture, step: int, source: str, i: int) -> dict[str, Any]:
+    row = mixture.rows[source][i]
+    ids = {} if row.response_ids is None else {"response_ids": list(row.response_ids)}
+    return {"step": step, "source": source, "row": i, "id": row.id, "loss_tokens": mixture.plan.tokens[source][i],
+            "loss_weight": mixture.plan.loss_weights.get(source, 1.0),
+            "messages": [*row.prompt, {"role": "assistant", "content": row.response}], **ids, "finished": row.finished}
