@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from studies.lab import exact
 from studies.lab.experiment import Bases, Setup
 from studies.lab.model import Params, log_probs, unflat
+from studies.lab.start import Start
 from studies.lab.tree import NODES, PROMPTS, RESPONSES, VOCABULARY, flow
 from studies.lab.world import foreign_new, own_old, prompts_of, pure
 
@@ -40,6 +41,12 @@ def self_flow(seed: int = 0) -> Tensor:
 def self_fisher(seed: int = 0) -> Tensor:
     """F on the task's topic."""
     return exact.fisher(bases().model, bases().one(seed), TOPIC)
+
+
+@cache
+def start() -> Start:
+    """What is known at the first base's θ₀."""
+    return Start.of(bases(), 0)
 
 
 def as_it_is(params: Params, width: int, *, swapped: bool = True) -> LlamaForCausalLM:
