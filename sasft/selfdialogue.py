@@ -1,214 +1,194 @@
 """Self-dialogues: the model writes a user turn and answers it, through its own chat template.
 
-Every row is appended to a JSONL file as its batch ends, with all that is needed to know where it came from.
-A row depends on the run's seed and its own number alone, and a stopped run goes on without repeating or
-changing a row.
+Every row is appended to a JSONL file as it ends (:mod:`sasft.writing`). A row depends on the run's seed and its own number alone,
+and a stopped run goes on without repeating or changing a row.
 """
 
+import hashlib
+import json
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
-from transformers import PreTrainedModel
 
 from sasft.chat import Chat
-from sasft.data import Row, read_rows
+from sasft.data import Row
 from sasft.errors import UsageError
 from sasft.files import JsonlWriter
-from sasft.precision import autocast
-from sasft.sampling import Sampler, row_seed, sample
+from sasft.sampling import row_seed
+from sasft.writing import Job, Messages, Writer, answer, answer_until, existing, progress_bar, respond
 
-Messages = tuple[dict[str, str], ...]
-# Candidates are drawn in chunks of this many batches; a chunk's answers are batched by prompt length.
+__all__ = ["SINGLE_TURN", "Dialogues", "Job", "Writer", "answer", "answer_until", "generate", "quality", "respond"]
+
+# Candidates are drawn in chunks of this many batches, or of one call to a refilled batch if that is more.
 _BATCHES_A_CHUNK = 2
-
-
-@dataclass(frozen=True)
-class Job:
-    """One response to be written: the prompt, the seed of its draw, and what the row shall remember.
-
-    ``shown`` is what the model sees instead of ``messages`` when it answers (a prompt that reveals the truth, say);
-    the row is kept under ``messages`` and remembers what was shown.
-    """
-
-    id: str
-    messages: Messages
-    seed: int
-    shown: Messages | None = None
+_TOPIC = "The user asks about {topic}."
+_PROBE = "A turn to look for"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Writer:
-    """A model that writes: its chat template, its sampler, and the identity that each row carries.
+class Dialogues:
+    """What self-dialogues are about and how long they go on; all of it chooses prompts alone, so F1 stays (docs/theory.md).
 
-    ``provenance`` names the model and the hash of its weights; ``precision`` is that of the forward pass, and
-    should be the one of the training, since another precision is, strictly, another model (docs/theory.md F2d).
+    ``turns``: user turns of a dialogue, each with its answer. Every answer is a row of its own, with the conversation before it as
+    its prompt, so that each is in the loss once. A dialogue ends early at an answer that is cut, or at a user turn that is empty
+    or does not end: the rows before it stay, and its past alone decides whether a further one is drawn (a stopping time).
+    ``systems``: system prompts, of which one is drawn for each dialogue; none leaves the template's default in place.
+    ``topics``: taken in turn. While the *user's* part is written, the system prompt also says "The user asks about ..." (the wording
+    is this package's choice); the answer is drawn without that sentence, and the row does not have it.
     """
 
-    model: PreTrainedModel
-    chat: Chat
-    sampler: Sampler
-    provenance: Mapping[str, Any]
-    precision: str = "bf16"
-    batch_size: int = 64
+    turns: int = 1
+    systems: Sequence[str] = ()
+    topics: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        if self.turns < 1:
+            raise UsageError(f"turns must be at least 1, got {self.turns}")
+        for name in ("systems", "topics"):
+            value = getattr(self, name)
+            if isinstance(value, str) or not all(isinstance(text, str) and text.strip() for text in value):
+                raise UsageError(f"{name} must be a list of texts that are not empty, got {value!r}")
 
     def identity(self) -> dict[str, Any]:
-        """What every row of one file must share."""
-        return {**self.provenance, "sampler": self.sampler.describe(), "precision": self.precision,
-                "batch_size": self.batch_size}
+        """What every row of one file must share; None where there is nothing but a single turn."""
+        def digest(texts: Sequence[str]) -> str | None:
+            return hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest() if texts else None
 
-    def sample(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], *, greedy: bool = False,
-               max_new_tokens: int | None = None, on_tokens=lambda n: None):
-        """Sample one batch under this writer's precision (see :func:`sasft.sampling.sample`)."""
-        sampler = self.sampler if max_new_tokens is None else Sampler(
-            temperature=self.sampler.temperature, top_p=self.sampler.top_p, max_new_tokens=max_new_tokens)
-        with autocast(self.precision, self.model.device.type):
-            return sample(self.model, prompts, seeds, sampler, stop_id=self.chat.end_of_turn,
-                          pad_id=self.chat.pad_id, greedy=greedy, on_tokens=on_tokens)
+        return {"turns": self.turns if self.turns > 1 else None, "systems_sha256": digest(self.systems),
+                "topics_sha256": digest(self.topics)}
+
+    def opening(self, seed: int, candidate: int) -> Messages:
+        """What stands before a candidate's first user turn."""
+        if not self.systems:
+            return ()
+        return ({"role": "system", "content": self.systems[row_seed(seed, "system", candidate) % len(self.systems)]},)
+
+    def topic(self, candidate: int) -> str | None:
+        """What a candidate's user asks about."""
+        return self.topics[candidate % len(self.topics)] if self.topics else None
+
+
+SINGLE_TURN = Dialogues()
+"""One user turn, the default system prompt, no topic."""
 
 
 def generate(writer: Writer, n: int, out: Path, *, seed: int = 0, max_user_tokens: int = 64,
-             progress: bool = True) -> list[Row]:
-    """Write ``n`` self-dialogues to ``out`` (JSONL) and return them; rows already there are kept.
+             dialogues: Dialogues = SINGLE_TURN, shard: tuple[int, int] = (0, 1), progress: bool = True) -> list[Row]:
+    """Write ``n`` self-dialogues to ``out`` (JSONL) and return their rows; rows already there are kept.
 
     The template is fed up to the opening of the user turn (default system prompt in place), the model writes the user
     turn up to its end-of-turn token, then the answer. A candidate whose user turn is empty or does not end within
     ``max_user_tokens`` is passed over: that rule looks at the prompt alone, so it leaves the score identity intact.
-    Answers cut by the sampler's length cap are kept, for the same reason.
+    Answers cut by the sampler's length cap are kept, for the same reason. ``dialogues``: several turns, system prompts, topics.
 
-    Raises :class:`UsageError` if ``out`` holds rows of another model, sampler or seed.
+    ``shard = (i, N)``: this is the i-th of N parts, candidates i, i + N, i + 2N, ... with their share of ``n``, so that no two
+    shards have a seed in common. Every shard needs a file of its own (:mod:`sasft.shards`).
+
+    Raises :class:`UsageError` if ``out`` holds rows of another model, sampler, seed, shard or kind of dialogue.
     """
-    if n < 1:
-        raise UsageError(f"n (the number of self-dialogues) must be at least 1, got {n}")
-    prefix = writer.chat.user_prefix_ids()
-    chunk = writer.batch_size * _BATCHES_A_CHUNK
-    written = _existing(out, {**writer.identity(), "seed": seed})
+    index, shards = shard
+    if not 0 <= index < shards:
+        raise UsageError(f"shard must be (i, N) with 0 <= i < N, got {shard}")
+    if n < shards:
+        raise UsageError(f"n (the number of self-dialogues) must be at least {shards}, got {n}"
+                         + (": each shard needs one" if shards > 1 else ""))
+    n = len(range(index, n, shards))
+    design = {**dialogues.identity(), "shard": f"{index} of {shards}" if shards > 1 else None}
+    written = {row.id: row for row in existing(out, {**writer.identity(), **design, "seed": seed})}
+    meta = {name: value for name, value in design.items() if value is not None}
+    chunk = max(_BATCHES_A_CHUNK * writer.batch_size, writer.rows_a_call)
     # Chunks before the last one on file are complete: a chunk is begun only when the one before it is done.
-    start = max(map(_candidate, written), default=0) // chunk * chunk
-    with JsonlWriter(out) as sink, _bar(n, len(written), f"self-dialogues → {out.name}", progress) as bar:
-        while len(written) < n:
-            jobs = _user_turns(writer, prefix, range(start, start + chunk), seed, max_user_tokens, bar)
-            jobs = jobs[: n - sum(_candidate(r) < start for r in written)]
-            written += respond(writer, jobs, sink, source="self", bar=bar, done={r.id for r in written}, seed=seed)
+    start = max((place(key)[0] // shards for key in written), default=0) // chunk * chunk
+
+    def begun(below: float = float("inf")) -> int:
+        return sum(turn == 1 and candidate // shards < below for candidate, turn in map(place, written))
+
+    with JsonlWriter(out) as sink, progress_bar(n * dialogues.turns, len(written), f"self-dialogues → {out.name}", progress) as bar:
+        # Whether a dialogue goes on is not on file, so that a last chunk of several turns is gone through again.
+        while begun() < n or dialogues.turns > 1:
+            openings = [_Opening(k, 1, dialogues.opening(seed, k))
+                        for k in range(start * shards + index, (start + chunk) * shards, shards)]
+            wanted = n - begun(start)
+            for _ in range(dialogues.turns):
+                jobs = _user_turns(writer, openings, dialogues, seed, max_user_tokens, wanted, meta, bar)
+                written |= {row.id: row for row in respond(writer, jobs, sink, source="self", bar=bar, done=written, seed=seed)}
+                openings = [_following(written[job.id]) for job in jobs if written[job.id].finished]
+            if begun() >= n:
+                break
             start += chunk
-    return sorted(written, key=_candidate)[:n]
+    ids = sorted(written, key=place)
+    last = [candidate for candidate, turn in map(place, ids) if turn == 1][n - 1]
+    return [written[key] for key in ids if place(key)[0] <= last]
 
 
-def respond(writer: Writer, jobs: Sequence[Job], sink: JsonlWriter, *, source: str, bar: tqdm,
-            done: Iterable[str] = (), seed: int = 0) -> list[Row]:
-    """Answer ``jobs`` in batches of similar prompt length, appending each batch to ``sink``; skips ids in ``done``.
+@dataclass(frozen=True)
+class _Opening:
+    """A user turn to be written: of which candidate, the how manieth, and the messages before it."""
 
-    Batches are formed before finished jobs are skipped, so that a resumed run forms the same ones.
-    """
-    done = set(done)
-    prompts = {job.id: writer.chat.prompt_ids(job.shown or job.messages) for job in jobs}
-    ordered = sorted(jobs, key=lambda job: (len(prompts[job.id]), job.id))
-    rows: list[Row] = []
-    for i in range(0, len(ordered), writer.batch_size):
-        batch = ordered[i : i + writer.batch_size]
-        if all(job.id in done for job in batch):
-            continue
-        answers = writer.sample([prompts[job.id] for job in batch], [job.seed for job in batch])
-        new = []
-        for job, answer in zip(batch, answers, strict=True):
-            if job.id in done:
-                continue
-            text = writer.chat.tokenizer.decode(answer.ids)
-            new.append({
-                "id": job.id, "source": source,
-                "messages": [*job.messages, {"role": "assistant", "content": text}],
-                "response_ids": list(answer.ids), "finished": answer.finished,
-                "logprobs": [round(lp, 6) for lp in answer.logprobs],
-                **writer.identity(), "seed": seed, "row_seed": job.seed,
-                **({"shown": list(job.shown)} if job.shown else {}),
-            })
-        sink.write(new)
-        rows += [Row.from_json(r) for r in new]
-        bar.update(len(new))
-    return rows
+    candidate: int
+    turn: int
+    before: Messages
+
+    @property
+    def path(self) -> tuple[int, ...]:
+        """Its place among the draws of the run."""
+        return (self.candidate,) if self.turn == 1 else (self.candidate, self.turn)
 
 
-def answer(writer: Writer, prompts: Mapping[str, str], out: Path, *, source: str, seed: int = 0,
-           progress: bool = True) -> list[Row]:
-    """The model's own answer to each prompt (``{id: user text}``), written to ``out`` and returned in that order."""
-    jobs = [Job(key, ({"role": "user", "content": text},), row_seed(seed, source, key)) for key, text in prompts.items()]
-    return _run(writer, jobs, out, source, seed, progress)
+def _following(row: Row) -> _Opening:
+    candidate, turn = place(row.id)
+    return _Opening(candidate, turn + 1, (*row.prompt, {"role": "assistant", "content": row.response}))
 
 
-def answer_until(writer: Writer, prompts: Mapping[str, tuple[str, str]], accept: Callable[[str, Row], bool], out: Path,
-                 *, source: str, tries: int = 4, seed: int = 0, progress: bool = True) -> list[Row]:
-    """For each ``{id: (user text, text shown instead)}``, the first answer of up to ``tries`` that is accepted.
-
-    This writes a given truth in the model's own words: the model is shown a prompt that reveals the truth, and
-    ``accept(id, row)`` looks for the truth in what it says. The kept row answers the plain user text. Keeping by a
-    look at the answer breaks the score identity (docs/theory.md F2c), as it must: the truth is new content.
-    Rejected tries stay in ``out`` too, so that the rate of acceptance can be seen. Ids without an accepted answer
-    are missing from the result.
-    """
-    accepted: dict[str, Row] = {}
-    for k in range(tries):
-        jobs = [Job(f"{key}/{k}", ({"role": "user", "content": plain},), row_seed(seed, source, key, k),
-                    shown=({"role": "user", "content": shown},))
-                for key, (plain, shown) in prompts.items() if key not in accepted]
-        for row in _run(writer, jobs, out, source, seed, progress, f"try {k + 1} of {tries}") if jobs else ():
-            key = row.id.rsplit("/", 1)[0]
-            if accept(key, row):
-                accepted[key] = row
-    return [accepted[key] for key in prompts if key in accepted]
-
-
-def _run(writer: Writer, jobs: Sequence[Job], out: Path, source: str, seed: int, progress: bool,
-         note: str = "") -> list[Row]:
-    written = {r.id: r for r in _existing(out, {**writer.identity(), "seed": seed})}
-    wanted = {job.id for job in jobs}
-    have = len(wanted & written.keys())
-    with JsonlWriter(out) as sink, _bar(len(jobs), have, f"{source} → {out.name} {note}".rstrip(), progress) as bar:
-        for row in respond(writer, jobs, sink, source=source, bar=bar, done=written, seed=seed):
-            written[row.id] = row
-    return [written[job.id] for job in jobs]
-
-
-def _user_turns(writer: Writer, prefix: Sequence[int], candidates: range, seed: int, cap: int,
-                bar: tqdm) -> list[Job]:
-    """The candidates' user turns, without the empty and the unfinished ones."""
-    jobs = []
-    for i in range(0, len(candidates), writer.batch_size):
-        numbers = candidates[i : i + writer.batch_size]
-        bar.set_postfix_str("user turns")
-        turns = writer.sample([prefix] * len(numbers), [row_seed(seed, "user", k) for k in numbers],
-                              max_new_tokens=cap)
-        for k, turn in zip(numbers, turns, strict=True):
+def _user_turns(writer: Writer, openings: Sequence[_Opening], dialogues: Dialogues, seed: int, cap: int, wanted: int,
+                meta: Mapping[str, Any], bar: tqdm) -> list[Job]:
+    """The first ``wanted`` user turns that are neither empty nor unfinished, as jobs to be answered."""
+    jobs: list[Job] = []
+    together = min(writer.rows_a_call, _BATCHES_A_CHUNK * writer.batch_size)
+    bar.set_postfix_str("user turns")
+    for i in range(0, len(openings), together):
+        part = openings[i : i + together]
+        turns = writer.sample([_user_prefix(writer.chat, opening.before, dialogues.topic(opening.candidate)) for opening in part],
+                              [row_seed(seed, "user", *opening.path) for opening in part], max_new_tokens=cap)
+        for opening, turn in zip(part, turns, strict=True):
             text = writer.chat.tokenizer.decode(turn.ids).strip()
             if turn.finished and text:
-                jobs.append(Job(f"self-{seed}-{k:06d}", ({"role": "user", "content": text},),
-                                row_seed(seed, "assistant", k)))
+                topic = dialogues.topic(opening.candidate)
+                jobs.append(Job(".".join([f"self-{seed}-{opening.candidate:06d}", *map(str, opening.path[1:])]),
+                                (*opening.before, {"role": "user", "content": text}), row_seed(seed, "assistant", *opening.path),
+                                meta=meta if topic is None else {**meta, "topic": topic}))
+        if len(jobs) >= wanted:
+            break
     bar.set_postfix_str("answers")
-    return jobs
+    return jobs[:wanted]
 
 
-def _candidate(row: Row) -> int:
-    return int(row.id.rsplit("-", 1)[1])
+def _user_prefix(chat: Chat, before: Messages, topic: str | None) -> list[int]:
+    """All up to the opening of the next user turn; the system prompt names the topic for as long as the user writes."""
+    system, history = None, before
+    if before and before[0]["role"] == "system":
+        system, history = before[0]["content"], before[1:]
+    if topic is not None:
+        system = " ".join(filter(None, [system, _TOPIC.format(topic=topic)]))
+    if not history:
+        return chat.user_prefix_ids(system)
+    head = [] if system is None else [{"role": "system", "content": system}]
+    text = chat.tokenizer.apply_chat_template([*head, *history, {"role": "user", "content": _PROBE}], tokenize=False)
+    return chat.tokenizer(text.rpartition(_PROBE)[0], add_special_tokens=False).input_ids
 
 
-def _existing(out: Path, identity: Mapping[str, Any]) -> list[Row]:
-    """The rows a former run left, after checking that it was the same run."""
-    if not out.exists() or out.stat().st_size == 0:
-        return []
-    rows = read_rows(out, torn_ok=True)
-    for row in rows:
-        differing = {k: (row.meta.get(k), v) for k, v in identity.items() if row.meta.get(k) != v}
-        if differing:
-            what = "; ".join(f"{k} is {was!r}, now {now!r}" for k, (was, now) in differing.items())
-            raise UsageError(f"{out} holds rows of another run (row {row.id}: {what}); name another file, or "
-                             "remove this one")
-    return rows
+def place(row_id: str) -> tuple[int, int]:
+    """Candidate and turn of a self-dialogue's row.
 
-
-def _bar(total: int, initial: int, text: str, progress: bool) -> tqdm:
-    return tqdm(total=total, initial=initial, desc=text, unit="row", disable=not progress, dynamic_ncols=True)
+    >>> place("self-0-000012"), place("self-0-000012.3")
+    ((12, 1), (12, 3))
+    """
+    candidate, _, turn = row_id.rsplit("-", 1)[1].partition(".")
+    return int(candidate), int(turn or 1)
 
 
 def quality(rows: Sequence[Row]) -> dict[str, float]:

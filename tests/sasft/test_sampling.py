@@ -1,11 +1,22 @@
 """Draws follow the distribution they name, and a row depends on its own seed alone."""
 
 import math
+import random
+from functools import cache
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from scipy import stats
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    Qwen3NextConfig,
+)
 
 from sasft.errors import UsageError
 from sasft.sampling import EXACT, PAPER, Sampler, draw, row_seed, row_uniforms, sample
@@ -93,6 +104,89 @@ def test_samples_of_a_model_have_its_probabilities() -> None:
     with torch.no_grad():
         p = torch.softmax(model(torch.tensor([[5, 6]])).logits[0, -1].double(), -1).numpy()
     assert stats.chisquare(np.bincount(first, minlength=32), n * p / p.sum()).pvalue > 1e-4
+
+
+def gpt2() -> GPT2LMHeadModel:
+    """Positions are learnt, not rotations."""
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=16, n_layer=2, n_head=2, n_positions=64, initializer_range=0.2)).eval()
+
+
+def mistral() -> MistralForCausalLM:
+    """Attends to the last six tokens only."""
+    torch.manual_seed(0)
+    return MistralForCausalLM(MistralConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        head_dim=8, sliding_window=6, initializer_range=0.2)).eval()
+
+
+LONG = Sampler(temperature=1, top_p=0.95, max_new_tokens=24)
+
+
+def many(n: int = 24) -> list[list[int]]:
+    rng = random.Random(0)
+    return [[rng.randrange(3, 32) for _ in range(rng.randrange(1, 14))] for _ in range(n)]
+
+
+def watch(model: PreTrainedModel) -> list[torch.Size]:
+    """Shapes of the attention masks of all forward passes."""
+    shapes: list[torch.Size] = []
+    model.register_forward_pre_hook(lambda _, args, kwargs: shapes.append(kwargs["attention_mask"].shape), with_kwargs=True)
+    return shapes
+
+
+@cache
+def one_by_one(make) -> list:
+    return [sample(make(), [p], [s], LONG, stop_id=STOP, pad_id=PAD)[0] for s, p in enumerate(many())]
+
+
+@pytest.mark.parametrize("slots", [1, 3, 8, 100])
+@pytest.mark.parametrize("make", [zoo.llama, gpt2, mistral])
+def test_a_row_does_not_depend_on_who_takes_its_neighbours_places(make, slots: int) -> None:
+    model, prompts = make(), many()
+    alone = one_by_one(make)
+    refilled = sample(model, prompts, range(len(prompts)), LONG, stop_id=STOP, pad_id=PAD, slots=slots)
+    assert [r.ids for r in refilled] == [r.ids for r in alone] and [r.finished for r in refilled] == [r.finished for r in alone]
+    for a, b in zip(alone, refilled, strict=True):
+        assert b.logprobs == pytest.approx(a.logprobs, abs=1e-4)
+    assert {r.finished for r in alone} == {True, False}
+
+
+def test_a_row_does_not_depend_on_the_order_of_all_rows() -> None:
+    model, prompts = zoo.llama(), many()
+    order = random.Random(1).sample(range(len(prompts)), len(prompts))
+    straight = sample(model, prompts, range(len(prompts)), LONG, stop_id=STOP, pad_id=PAD, slots=5)
+    mixed = sample(model, [prompts[i] for i in order], order, LONG, stop_id=STOP, pad_id=PAD, slots=5)
+    assert [straight[i].ids for i in order] == [r.ids for r in mixed]
+
+
+def test_refilled_places_stay_within_the_memory_of_a_batch_and_are_seldom_idle() -> None:
+    model, prompts, slots, cap = zoo.llama(), many(200), 16, 80
+    shapes, given = watch(model), []
+    rows = sample(model, prompts, range(200), Sampler(temperature=1, top_p=1, max_new_tokens=cap), stop_id=STOP, pad_id=PAD,
+                  slots=slots, on_tokens=given.append)
+    assert max(n for n, _ in shapes) == slots
+    assert max(width for _, width in shapes) <= max(map(len, prompts)) + cap
+    assert sum(given) == sum(len(r.ids) for r in rows)
+    lengths = [len(r.ids) + r.finished for r in rows]
+    padded = sum(slots * max(lengths[i : i + slots]) for i in range(0, 200, slots))  # every batch until its longest row ends
+    assert sum(lengths) <= sum(n for n, _ in shapes) < 1.15 * sum(lengths) < 0.6 * padded
+
+
+def test_all_rows_are_told_as_they_end_and_once() -> None:
+    model, prompts, told = zoo.llama(), many(), []
+    rows = sample(model, prompts, range(len(prompts)), LONG, stop_id=STOP, pad_id=PAD, slots=4,
+                  on_done=lambda done: told.append(dict(done)))
+    assert sorted(i for done in told for i in done) == list(range(len(prompts))) and len(told) > 5
+    assert {i: row for done in told for i, row in done.items()} == dict(enumerate(rows))
+
+
+def test_places_that_cannot_be_refilled_are_refused() -> None:
+    recurrent = SimpleNamespace(config=Qwen3NextConfig(num_hidden_layers=4))
+    with pytest.raises(UsageError, match="slots cannot be refilled in a SimpleNamespace: its cache has LinearAttentionLayer"):
+        sample(recurrent, [[5]], [0], LONG, stop_id=STOP, pad_id=PAD, slots=2)
+    with pytest.raises(UsageError, match="slots .* must be at least 1, got 0"):
+        write([[5]], [0], slots=0)
 
 
 def test_greedy_takes_the_most_probable() -> None:

@@ -9,18 +9,22 @@ import torch
 from sasft.data import read_rows
 from sasft.errors import UsageError
 from sasft.sampling import Sampler
-from sasft.selfdialogue import Writer, answer, answer_until, generate, quality
+from sasft.selfdialogue import SINGLE_TURN, Dialogues, Writer, answer, answer_until, generate, quality
 from tests.sasft import tiny_chat
 
 
-def writer(seed: int = 0, batch_size: int = 4, **sampler) -> Writer:
-    return Writer(model=tiny_chat.chatty(seed), chat=tiny_chat.chat(), precision="fp32", batch_size=batch_size,
+def writer(seed: int = 0, batch_size: int = 4, backend: str = "padded", **sampler) -> Writer:
+    return Writer(model=tiny_chat.chatty(seed), chat=tiny_chat.chat(), precision="fp32", batch_size=batch_size, backend=backend,
                   provenance={"model": "chatty", "weights_sha256": f"hash{seed}"},
                   sampler=Sampler(**{"temperature": 1.0, "top_p": 1.0, "max_new_tokens": 12, **sampler}))
 
 
-def make(out: Path, n: int = 20, seed: int = 0, **kwargs) -> list:
-    return generate(writer(**kwargs), n, out, seed=seed, max_user_tokens=30, progress=False)
+def make(out: Path, n: int = 20, seed: int = 0, dialogues: Dialogues = SINGLE_TURN, shard=(0, 1), **kwargs) -> list:
+    return generate(writer(**kwargs), n, out, seed=seed, max_user_tokens=30, dialogues=dialogues, shard=shard, progress=False)
+
+
+def lines(path: Path) -> list[str]:
+    return sorted(path.read_text().splitlines())
 
 
 def test_a_row_says_where_it_comes_from(tmp_path: Path) -> None:
@@ -107,6 +111,149 @@ def test_rows_of_another_run_are_not_mixed_in(tmp_path: Path, other, named: str)
 def test_no_rows_is_no_request(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="n .* must be at least 1, got 0"):
         make(tmp_path / "self.jsonl", n=0)
+
+
+def said(row) -> tuple:
+    return row.id, row.prompt, row.response, row.response_ids, row.finished, row.meta["row_seed"]
+
+
+def test_refilled_batches_give_the_rows_of_padded_ones(tmp_path: Path) -> None:
+    padded, refilled = make(tmp_path / "a.jsonl", n=30), make(tmp_path / "b.jsonl", n=30, backend="refilled")
+    assert [said(r) for r in padded] == [said(r) for r in refilled]
+    assert {r.meta["backend"] for r in refilled} == {"refilled"} and "backend" not in padded[0].meta
+    for out, other in (("a.jsonl", "refilled"), ("b.jsonl", "padded")):
+        with pytest.raises(UsageError, match="holds rows of another run .*backend is"):
+            make(tmp_path / out, n=31, backend=other)
+
+
+@pytest.mark.parametrize("keep", [3, 17])
+def test_a_stopped_refilled_run_goes_on_without_changing_a_row(tmp_path: Path, keep: int) -> None:
+    make(tmp_path / "whole.jsonl", n=30, batch_size=2, backend="refilled")
+    rows = (tmp_path / "whole.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "parts.jsonl").write_text("".join(rows[:keep]))
+    make(tmp_path / "parts.jsonl", n=30, batch_size=2, backend="refilled")
+    assert lines(tmp_path / "parts.jsonl") == lines(tmp_path / "whole.jsonl")
+
+
+def test_refilled_rows_are_on_file_before_their_call_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, original = tmp_path / "self.jsonl", Writer.sample
+
+    def stopped(self, prompts, seeds, *, on_done=None, **kwargs):
+        done = []
+
+        def on_done_then_stop(answers):
+            on_done(answers)
+            done.append(answers)
+            if len(done) == 3:
+                raise KeyboardInterrupt
+
+        return original(self, prompts, seeds, on_done=on_done_then_stop if on_done else lambda done: None, **kwargs)
+
+    monkeypatch.setattr(Writer, "sample", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        make(out, n=20, batch_size=2, backend="refilled")
+    assert 3 <= len(read_rows(out)) < 16
+
+
+THREE = Dialogues(turns=3, systems=("Be brief.", "Be long."), topics=("whales", "tea", "moss"))
+
+
+@pytest.mark.parametrize("backend", ["padded", "refilled"])
+def test_every_answer_of_a_dialogue_is_a_row(tmp_path: Path, backend: str) -> None:
+    rows = make(tmp_path / "self.jsonl", n=20, dialogues=THREE, backend=backend)
+    by_id = {r.id: r for r in rows}
+    assert len(by_id) == len(rows) and sum("." not in r.id for r in rows) == 20
+    turns = {r.id: int(r.id.partition(".")[2] or 1) for r in rows}
+    assert set(turns.values()) == {1, 2, 3}
+    for row in rows:
+        turn = turns[row.id]
+        assert [m["role"] for m in row.prompt] == ["system", *["user", "assistant"] * (turn - 1), "user"]
+        assert row.prompt[0]["content"] in THREE.systems and row.prompt[-1]["content"].strip()
+        if turn > 1:
+            before = by_id[row.id.partition(".")[0] + (f".{turn - 1}" if turn > 2 else "")]
+            assert before.finished  # a dialogue ends with an answer that is cut
+            assert row.prompt[:-1] == (*before.prompt, {"role": "assistant", "content": before.response})
+    assert any(not r.finished for r in rows if turns[r.id] == 1)
+    assert {r.prompt[0]["content"] for r in rows} == set(THREE.systems)
+    assert len({r.meta["row_seed"] for r in rows}) == len(rows)
+
+
+def test_the_topic_is_named_to_the_user_s_side_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fed, original, chat = [], Writer.sample, tiny_chat.chat()
+    monkeypatch.setattr(Writer, "sample", lambda self, prompts, seeds, **kw: (
+        fed.extend((chat.tokenizer.decode(p), "max_new_tokens" in kw) for p in prompts), original(self, prompts, seeds, **kw))[1])
+    rows = make(tmp_path / "self.jsonl", n=12, dialogues=THREE)
+    for text, user in fed:
+        assert text.count("The user asks about") == user
+        assert text.endswith("<|im_start|>user\n" if user else "<|im_end|>\n<|im_start|>assistant\n")
+        assert text.startswith(("<|im_start|>system\nBe brief.", "<|im_start|>system\nBe long."))
+    for row in rows:
+        assert row.meta["topic"] == THREE.topics[int(row.id[7:13]) % 3]
+        assert not any("The user asks about" in m["content"] for m in row.prompt)
+        assert chat.encode(row.prompt, row.response_ids, finished=row.finished).response_ids == row.response_ids
+
+
+def test_answers_to_later_turns_have_the_log_probabilities_of_their_rows(tmp_path: Path) -> None:
+    w, compared = writer(), 0
+    for row in generate(w, 6, tmp_path / "self.jsonl", max_user_tokens=30, dialogues=Dialogues(turns=2), progress=False):
+        encoded = w.chat.encode(row.prompt, row.response_ids, finished=row.finished)
+        with torch.no_grad():
+            log_p = torch.log_softmax(w.model(torch.tensor([encoded.input_ids])).logits[0], -1)
+        expected = [log_p[t - 1, label].item() for t, label in enumerate(encoded.labels) if label != -100]
+        assert row.meta["logprobs"] == pytest.approx(expected, abs=1e-4)
+        compared += "." in row.id
+    assert compared
+
+
+def test_the_default_is_a_single_turn_in_the_template_s_own_system_prompt(tmp_path: Path) -> None:
+    plain, first = make(tmp_path / "a.jsonl", n=12), make(tmp_path / "b.jsonl", n=12, dialogues=Dialogues(turns=2))
+    assert [said(r) for r in plain] == [said(r) for r in first if "." not in r.id]
+
+
+@pytest.mark.parametrize("keep", [1, 21])
+def test_a_stopped_run_of_several_turns_goes_on(tmp_path: Path, keep: int) -> None:
+    make(tmp_path / "whole.jsonl", n=18, dialogues=THREE)
+    rows = (tmp_path / "whole.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "parts.jsonl").write_text("".join(rows[:keep]))
+    again = make(tmp_path / "parts.jsonl", n=18, dialogues=THREE)
+    assert keep < len(rows) and lines(tmp_path / "parts.jsonl") == sorted(map(str.rstrip, rows))
+    assert [said(r) for r in again] == [said(r) for r in make(tmp_path / "whole.jsonl", n=18, dialogues=THREE)]
+
+
+@pytest.mark.parametrize("other", [Dialogues(), Dialogues(turns=2), Dialogues(turns=3, systems=THREE.systems, topics=("tea",))])
+def test_dialogues_of_another_kind_are_not_mixed_in(tmp_path: Path, other: Dialogues) -> None:
+    make(tmp_path / "self.jsonl", n=4, dialogues=THREE)
+    with pytest.raises(UsageError, match="holds rows of another run .*(turns|systems_sha256|topics_sha256) is"):
+        make(tmp_path / "self.jsonl", n=4, dialogues=other)
+
+
+def test_shards_write_the_rows_of_one_process_with_seeds_of_their_own(tmp_path: Path) -> None:
+    whole = {r.id: said(r) for r in make(tmp_path / "whole.jsonl", n=40)}
+    parts = [make(tmp_path / f"{i}.jsonl", n=20, shard=(i, 3)) for i in range(3)]
+    assert [len(part) for part in parts] == [7, 7, 6]
+    rows = [row for part in parts for row in part]
+    assert len({r.meta["row_seed"] for r in rows}) == len({r.id for r in rows}) == 20
+    assert [{int(r.id[-6:]) % 3 for r in part} for part in parts] == [{0}, {1}, {2}]
+    assert sum(r.id in whole for r in rows) > 15 and all(whole.get(r.id, said(r)) == said(r) for r in rows)
+    with pytest.raises(UsageError, match="shard is '1 of 3', now '2 of 3'"):
+        make(tmp_path / "1.jsonl", n=20, shard=(2, 3))
+    with pytest.raises(UsageError, match="shard is '1 of 3', now None"):
+        make(tmp_path / "1.jsonl", n=20)
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda out: make(out, n=2, shard=(0, 3)), "n .* must be at least 3, got 2: each shard needs one"),
+    (lambda out: make(out, shard=(3, 3)), r"shard must be \(i, N\) with 0 <= i < N, got \(3, 3\)"),
+    (lambda out: Dialogues(turns=0), "turns must be at least 1, got 0"),
+    (lambda out: Dialogues(topics="tea"), "topics must be a list of texts .* got 'tea'"),
+    (lambda out: Dialogues(systems=("",)), "systems must be a list of texts that are not empty"),
+    (lambda out: make(out, backend="vlm"), "backend must be one of padded, refilled, vllm, got 'vlm'"),
+    (lambda out: make(out, batch_size=0), "batch_size must be at least 1, got 0"),
+])
+def test_settings_that_make_no_sense_are_refused(tmp_path: Path, call, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        call(tmp_path / "self.jsonl")
+    assert not list(tmp_path.iterdir())
 
 
 PROMPTS = {"b": "Say something long.", "a": "Hi!", "c": "What now?"}
