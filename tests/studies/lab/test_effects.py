@@ -20,7 +20,7 @@ MEAN = SPREAD * (N - 1) / 2  # what seeds add, on average
 
 @pytest.fixture(autouse=True)
 def few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "over_seeds", partial(over_seeds, draws=200))
+    monkeypatch.setattr(module, "over_seeds", partial(over_seeds, draws=50))
 
 
 # --- from rows to numbers ------------------------------------------------------------------------------------------------

@@ -15,10 +15,10 @@ from studies.lab import units as module
 from studies.lab.units import Unit, kept, load, work
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def forked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Workers that need not import torch again; one test has them as they are."""
-    monkeypatch.setattr(module, "get_context", lambda method: get_context("fork"))
+    """Workers that need not import torch again, which takes seconds."""
+    monkeypatch.setattr(module, "get_context", lambda method: get_context({"spawn": "fork"}[method]))
 
 
 def noted(folder: Path, name: str, value: object) -> object:
@@ -93,7 +93,6 @@ def test_results_come_in_the_units_order_and_are_not_made_again(tmp_path: Path, 
     assert load(tmp_path / "b.json") == {"is": "b"}
 
 
-@pytest.mark.usefixtures("forked")
 def test_an_error_names_its_unit_and_what_was_done_stays(tmp_path: Path) -> None:
     units = [unit(tmp_path, "a.json", 1), Unit("bad.json", failing, (tmp_path,)), *(unit(tmp_path, f"later{k}.json", k) for k in range(20))]
     with pytest.raises(RuntimeError, match="no such base") as caught:
@@ -118,7 +117,6 @@ def command(folder: Path) -> None:
             os._exit(130)
 
 
-@pytest.mark.usefixtures("forked")
 @pytest.mark.parametrize("sent, code", [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
 def test_a_run_that_is_stopped_goes_on_from_there(tmp_path: Path, sent: signal.Signals, code: int) -> None:
     process = get_context("fork").Process(target=command, args=(tmp_path,))
