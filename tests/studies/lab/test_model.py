@@ -7,7 +7,7 @@ from torch import nn
 
 from studies.lab.experiment import tables
 from studies.lab.model import Support, build, flat, flat_stacked, log_probs, params_of, pretrain, stack, unflat
-from studies.lab.tree import NODES, PROMPTS, flow, response_probabilities
+from studies.lab.tree import NODES, PROMPTS, RESPONSES, flow, response_probabilities
 from tests.studies.lab import tiny
 
 SOME = sorted({*range(12), 91, 500, 819, *np.random.default_rng(0).integers(0, len(NODES), 15).tolist()})
@@ -86,15 +86,18 @@ def test_pretraining_side_by_side_is_adam_on_each_model() -> None:
     models = [build(seed, 4) for seed in range(2)]
     found = pretrain(models, flows, steps=4, lr=0.03)
     assert all(torch.equal(stack(models)[n][0], params_of(build(0, 4))[n]) for n in found)  # the models stay as they were
-    for seed in range(2):
+    for seed, world in enumerate(made.worlds):
         alone = tiny.as_it_is(params_of(build(seed, 4)), 4)
         optimizer = torch.optim.Adam(alone.parameters(), lr=0.03)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 4)
+        rows = world.teacher()
+        said = rows.nonzero().tolist()
+        ids = torch.tensor([[*PROMPTS[x].tolist(), *RESPONSES[r], 0][:6] for x, r in said])  # the shorter of two lengths is padded, and not read there
+        weights = torch.tensor([[rows[x, r].item() * (t < len(RESPONSES[r])) for t in range(4)] for x, r in said], dtype=torch.float64)
         for _ in range(4):
             optimizer.zero_grad()
-            loss = 0.0
-            for x, n in flows[seed].sum(-1).nonzero().tolist():
-                loss = loss - flows[seed, x, n] @ tiny.next_token(alone, x, NODES[n])
+            log_p = alone(ids, use_cache=False).logits[:, 1:-1].log_softmax(-1).gather(2, ids[:, 2:, None]).squeeze(2)
+            loss = -(weights * log_p).sum()
             loss.backward()
             optimizer.step()
             schedule.step()
