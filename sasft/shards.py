@@ -62,7 +62,7 @@ def merge_shards(out: Path, shards: int) -> Path:
         if not path.exists():
             raise UsageError(f"{path} is missing: shard {index} of {shards} has not been written")
         read_rows(path)  # names what is wrong with a line
-        rows += [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        rows += [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]  # not at U+2028
     runs = {_run(row) for row in rows}
     if len(runs) > 1:
         raise UsageError(f"the shards of {out} come from {len(runs)} different runs, such as {' and '.join(sorted(runs)[:2])}; write "

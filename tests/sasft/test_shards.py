@@ -45,6 +45,17 @@ def test_merged_shards_are_all_rows_in_order(tmp_path: Path) -> None:
     assert read_rows(out) == sorted(parts, key=lambda row: row.id) and len(parts) == 8
 
 
+def test_a_line_separator_in_a_text_does_not_end_a_row(tmp_path: Path) -> None:
+    out = write(tmp_path)
+    path = shard_path(out, 1, 2)
+    first, *others = path.read_text().split("\n")
+    data = json.loads(first)
+    data["messages"][0]["content"] = "One line\u2028and another\x85one"
+    path.write_text("\n".join([json.dumps(data, ensure_ascii=False), *others]))
+    merge_shards(out, 2)
+    assert [row for row in read_rows(out) if row.id == data["id"]][0].prompt[0]["content"] == data["messages"][0]["content"]
+
+
 def test_what_is_no_whole_run_is_not_merged(tmp_path: Path) -> None:
     out = write(tmp_path)
     first, second = (shard_path(out, i, 2) for i in range(2))
