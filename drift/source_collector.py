@@ -1,6 +1,6 @@
 """Forming every source's gradients of one optimiser step, and keeping their products (for :mod:`drift.sources`)."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -9,14 +9,16 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from drift.adapters import adapters
+from drift.adapters import Adapter, adapters
 from drift.lowrank import induced_gram
-from drift.numerics import check_finite, squared_norm
+from drift.numerics import check_finite, squared_distance, squared_norm
 from drift.uses import Formed, Scratch, Sparse, Use, blocks, gram
 
 Gram = NDArray[np.float64]
 SGD, ADAM, LORA = "sgd", "adam", "lora"
 SMALL = 2**16  # parameters of so many numbers are kept until the step ends: that is cheaper than one product each
+NOT_TAKEN_APART = "its gradient comes from an operation that is not taken apart"
+IN_PART = "part of its gradient comes from outside its module (a fused or functional operation)"
 
 
 @dataclass(frozen=True)
@@ -43,11 +45,14 @@ class SourceCollector:
     A weight with a single use is dealt with block by block in the backward pass. An embedding keeps the rows that the batch
     uses, also where it is tied to a head: elsewhere its gradient is 0, so the head's products need only be mended
     there. What has several dense uses, several passes, or is small, is kept whole until :meth:`finish`.
+
+    Every gradient that autograd gives to a parameter is noted, so that none goes by unseen; with ``compare`` it is also compared with
+    what has been seen of it. ``in_part``: the parameters of which an earlier comparison has shown that only a part is seen.
     """
 
     def __init__(self, model: nn.Module, trained: Mapping[str, nn.Parameter], n_sources: int, folds: int, *, untagged: bool,
                  accumulate: bool, optimizer: torch.optim.Optimizer | None, process_group: dist.ProcessGroup | None, scratch: Scratch,
-                 watch: bool) -> None:
+                 compare: bool, in_part: Collection[str]) -> None:
         self.n_sources, self.folds, self.accumulate = n_sources, folds, accumulate
         self.optimizer, self.process_group, self._scratch = optimizer, process_group, scratch
         self.n_real = n_sources * folds
@@ -62,9 +67,10 @@ class SourceCollector:
         self._head_rows: dict[str, Tensor] = {}  # a tied head's gradients at the same rows
         self._trained = trained
         self._adapters = [a.copy() for a in adapters(model)]
-        self._true: dict[str, list[Tensor]] = {}  # squared norms of what autograd gives to a parameter
-        self._watches = [p.register_hook(lambda g, n=n: self._true.setdefault(n, []).append(squared_norm(g)))
-                         for n, p in trained.items()] if watch else []
+        self._compare, self._in_part = compare, set(in_part)
+        self._answers: dict[str, Tensor] = {}  # the gradient of a pass so far, as this collector has given it
+        self._noted: dict[str, list[tuple[Tensor, Tensor]]] = {}  # of what autograd gives: squared distance from that, squared norm
+        self._watches = [p.register_hook(lambda g, n=n: self._note(n, g)) for n, p in trained.items()]
 
     def deal(self, index: Tensor, units: Tensor | None) -> Tensor:
         """Group of every row or token: each source's units go to its folds in turn."""
@@ -88,6 +94,19 @@ class SourceCollector:
             expected.ids.append(ids.detach().reshape(-1))
 
     def collect(self, name: str, use: Use) -> Tensor:
+        answer = self._collect(name, use)
+        if self._compare and not hasattr(self._trained[name], "full_tensor"):  # sharded ones (FSDP2) pass no hook
+            self._answers[name] = self._answers[name] + answer if name in self._answers else answer
+        return answer
+
+    def _note(self, name: str, gradient: Tensor) -> None:
+        noted = self._noted.setdefault(name, [])
+        if self._compare:
+            answer = self._answers.pop(name, None)
+            seen = torch.zeros_like(gradient) if answer is None else answer.view_as(gradient)
+            noted.append((squared_distance(gradient, seen), squared_norm(gradient)))
+
+    def _collect(self, name: str, use: Use) -> Tensor:
         self.touched = True
         expected = self._expected.get(name, _Expected(uses=1))
         if isinstance(use, Formed):
@@ -158,9 +177,12 @@ class SourceCollector:
     def _preconditioner(self, name: str, rows: slice | Tensor) -> Tensor | None:
         parameter = self._trained[name]
         state = self.optimizer.state.get(parameter, {})
-        if "exp_avg_sq" not in state:  # before the optimiser's first step
+        if not state:  # before the optimiser's first step
             return None
-        moments = state["exp_avg_sq"]
+        moments = state.get("max_exp_avg_sq", state.get("exp_avg_sq"))  # AMSGrad divides by the largest so far
+        if moments is None:
+            raise NotImplementedError(f"the adam metric needs the optimiser's second moments (exp_avg_sq), and {type(self.optimizer).__name__} keeps "
+                                      f"{', '.join(state)} of {name}; leave optimizer out")
         if moments.shape != parameter.shape or hasattr(moments, "to_local"):
             raise NotImplementedError(f"the optimiser's second moments of {name} are sharded or of another shape; the adam metric "
                                       "needs them whole. Leave optimizer out")
@@ -209,24 +231,36 @@ class SourceCollector:
                 self._sum(metric, name, crossed + crossed.T)
 
     def _induced(self) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = {}
+        by_weight: dict[str, list[Adapter]] = {}
         for adapter in self._adapters:
-            d_a, d_b = (self._whole.get(name) for name in (adapter.name_a, adapter.name_b))
-            if d_a is not None or d_b is not None:
-                products = induced_gram(adapter.a, adapter.b, d_a, d_b, adapter.scaling)
-                found[adapter.base] = found.get(adapter.base, 0) + products
-        return found
+            if adapter.name_a in self._whole or adapter.name_b in self._whole:
+                by_weight.setdefault(adapter.base, []).append(adapter)
+        # With DoRA the step in W depends on the rows of W itself, and on its magnitudes' gradients.
+        return {name: self._induced_by(found) for name, found in by_weight.items() if not any(a.magnitude is not None for a in found)}
+
+    def _induced_by(self, found: Sequence[Adapter]) -> Tensor:
+        """Products of the steps that all adapters of one weight induce together, as if they were one of higher rank."""
+        def gradients(name: str, like: Tensor) -> Tensor:
+            return self._whole[name] if name in self._whole else like.new_zeros(self.n_groups, *like.shape)
+
+        a, b = torch.cat([x.a for x in found]), torch.cat([x.scaling * x.b for x in found], 1)
+        return induced_gram(a, b, torch.cat([gradients(x.name_a, x.a) for x in found], 1),
+                            torch.cat([x.scaling * gradients(x.name_b, x.b) for x in found], 2))
 
     def _missing(self) -> dict[str, str]:
         """Parameters that took a gradient which was not seen, or not seen whole."""
-        missing = {}
-        for name, norms in self._true.items():
-            true, seen = float(sum(norms)), self._grams[SGD].get(name)
-            if seen is None:
-                missing[name] = "its gradient comes from an operation that is not taken apart"
-            elif abs(float(seen.sum()) - true) > 1e-2 * true:
-                missing[name] = "part of its gradient comes from outside its module (a fused or functional operation)"
-        return missing
+        for name, noted in self._noted.items():
+            if name in self._grams[SGD] and sum(float(d) for d, _ in noted) > 1e-4 * sum(float(g) for _, g in noted):
+                self._in_part.add(name)
+        unseen = [n for n in self._noted if n not in self._grams[SGD]]
+        # Of sharded parameters all that is known is whether a layer has used them.
+        unseen += [n for n, p in self._trained.items() if hasattr(p, "full_tensor") and n not in self._expected]
+        return {n: IN_PART for n in self._trained if n in self._in_part} | dict.fromkeys(unseen, NOT_TAKEN_APART)
+
+    @property
+    def in_part(self) -> frozenset[str]:
+        """The parameters of whose gradients only a part is seen."""
+        return frozenset(self._in_part)
 
     def _on_cpu(self, grams: Mapping[str, Tensor]) -> dict[str, Gram]:
         if not grams:

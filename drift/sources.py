@@ -37,7 +37,7 @@ class SourceAlignment:
     ``grams[metric][name]`` [S·F, S·F] float64: :math:`\langle g_{s,f}, g_{s',f'}\rangle` for parameter ``name``, source-major. Metrics: ``sgd``,
     the plain inner product; ``adam``, :math:`\sum_p g_p g'_p/(\sqrt{\hat v_p}+\epsilon)` with the optimiser's second moments as they were
     before the step; ``lora``, the product of the steps in the adapted weight that the factors' gradients induce,
-    :math:`s(\partial B\,A + B\,\partial A)`, under that weight's name.
+    :math:`s(\partial B\,A + B\,\partial A)` summed over its adapters, under that weight's name (not with DoRA).
 
     ``units`` [S, F]: independent rows in each fold. ``coverage``: share of the numbers with a gradient that the
     products cover; ``missing``: why not, for the other parameters. Gradients are those of the loss that was differentiated: with a
@@ -146,6 +146,8 @@ class SourceGradients:
             raise ValueError(f"sources must be two or more different names, got {list(sources)}")
         if folds < 1 or window < 1:
             raise ValueError(f"folds and window must be at least 1, got folds={folds}, window={window}")
+        if optimizer is not None and not all({"betas", "eps"} <= group.keys() for group in optimizer.param_groups):
+            raise ValueError(f"optimizer must be an Adam (its groups have betas and eps), got {type(optimizer).__name__}; leave it out")
         trainable(model)  # refuses frozen models
         self.model, self.folds, self.accumulate, self.optimizer, self.key = model, folds, accumulate, optimizer, key
         self.every: int | Schedule | None = None  # of the recorder: rows are there whenever a step was measured
@@ -157,7 +159,7 @@ class SourceGradients:
         self._interceptor = Interceptor(model)
         self._scratch = Scratch()
         self._handles: list[Any] = []
-        self._checked = False
+        self._checked, self._in_part = False, frozenset()
         self.coverage: dict[str, Any] = {}
         self._recent: deque[SourceAlignment] = deque(maxlen=window)
         self._process_group = dist.new_group() if dist.is_initialized() and dist.get_world_size() > 1 else None
@@ -233,13 +235,13 @@ class SourceGradients:
         self._collector = SourceCollector(
             self.model, trainable(self.model), len(self.sources), self.folds,
             untagged=untagged, accumulate=self.accumulate, optimizer=self.optimizer, process_group=self._process_group, scratch=self._scratch,
-            watch=not (self._checked or self._process_group or self.accumulate))
+            compare=not self._checked, in_part=self._in_part)
         self._interceptor.attach(self._collector)
 
     def _finish(self) -> None:
         if self._collector is not None and self._collector.result is None and self._collector.touched:
             self._collector.finish()
-            self._checked = True
+            self._checked, self._in_part = True, self._collector.in_part
 
     def _parsed(self, sources, units) -> tuple[Tensor, Tensor | None]:
         if not isinstance(sources, Tensor) and len(sources) and isinstance(sources[0], str):

@@ -94,6 +94,7 @@ def test_two_processes_give_the_numbers_of_one(runs: Path, kind: str) -> None:
         assert two[key] == pytest.approx(value, rel=1e-3, abs=1e-4 * scale[key[1]], nan_ok=True), key
 
 
-def test_the_first_process_alone_writes(runs: Path) -> None:
-    meta = drift.load(runs / "fsdp2").meta
-    assert meta["recordings"] == STEPS + 1 and meta["coverage"]["sources"]["covered"] == 1.0
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_first_process_alone_writes(runs: Path, kind: str) -> None:
+    meta = drift.load(runs / kind).meta
+    assert meta["recordings"] == STEPS + 1 and meta["coverage"]["sources"] == {"covered": 1.0, "missing": {}}

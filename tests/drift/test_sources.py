@@ -250,6 +250,41 @@ def test_the_adam_metric_divides_by_the_optimisers_root_second_moments() -> None
         agree(sources.step(), expected, rtol=1e-9, metric="adam")
 
 
+def test_amsgrad_divides_by_the_largest_second_moments() -> None:
+    model, batch = zoo.make(zoo.Base), zoo.batch(rows=6)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.5), amsgrad=True)
+    with SourceGradients(model, ["task", "self"], optimizer=optimizer) as sources:
+        for scale in (10.0, 1.0, 1.0):  # the moments fall, their largest do not
+            optimizer.zero_grad()
+            sources.tag(TAGS)
+            (scale * loss_of(zoo_logits, model, batch)).backward()
+            largest = {n: optimizer.state[p].get("max_exp_avg_sq", torch.zeros(())).clone() for n, p in parameters(model).items()}
+            done = float(next(iter(optimizer.state.values()), {}).get("step", 0))
+            optimizer.step()
+            alignment = sources.step()
+    expected = {n: g / ((largest[n].flatten() / (1 - 0.5**done)).sqrt() + 1e-8).sqrt() for n, g in separate(zoo_logits, model, batch).items()}
+    agree(alignment, expected, rtol=1e-6, metric="adam")
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.RMSprop])
+def test_another_optimiser_than_adam_is_refused(kind) -> None:
+    model = zoo.make(zoo.Base)
+    with pytest.raises(ValueError, match=f"optimizer must be an Adam .*got {kind.__name__}"):
+        SourceGradients(model, ["task", "self"], optimizer=kind(model.parameters(), lr=0.1))
+
+
+def test_second_moments_under_another_name_are_refused() -> None:
+    model, batch = zoo.make(zoo.Base), zoo.batch(rows=6)
+    optimizer = torch.optim.Adamax(model.parameters())
+    with pytest.raises(NotImplementedError, match=r"second moments \(exp_avg_sq\), and Adamax keeps .*exp_inf"), \
+            SourceGradients(model, ["task", "self"], optimizer=optimizer) as sources:
+        for _ in range(2):
+            sources.tag(TAGS)
+            loss_of(zoo_logits, model, batch).backward()
+            optimizer.step()
+            sources.step()
+
+
 @pytest.mark.parametrize("settings", [{}, {"use_rslora": True}, {"target_modules": ["embed_tokens", "v_proj"]}], ids=str)
 def test_lora_in_factors_and_for_the_induced_step(settings: dict) -> None:
     model, batch = zoo.lora(families.make("llama"), **settings).double(), zoo.batch(rows=6, vocabulary=families.V)
@@ -264,6 +299,33 @@ def test_lora_in_factors_and_for_the_induced_step(settings: dict) -> None:
         steps = torch.stack([adapter.scaling * (d_b.view_as(adapter.b) @ adapter.a + adapter.b @ d_a.view_as(adapter.a)).flatten()
                              for d_a, d_b in zip(*gradients, strict=True)])
         np.testing.assert_allclose(alignment.grams["lora"][adapter.base], (steps @ steps.T).detach().numpy(), rtol=1e-7)
+
+
+def test_several_adapters_of_one_weight_step_together() -> None:
+    from peft import LoraConfig
+
+    model, batch = zoo.lora(families.make("llama")).double(), zoo.batch(rows=6, vocabulary=families.V)
+    model.add_adapter("second", LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj", "up_proj"]))
+    model.base_model.set_adapter(["default", "second"])
+    with torch.no_grad():
+        for parameter in drift.names.trainable(model).values():
+            parameter.normal_()
+    expected = separate(hf_logits, model, batch)
+    alignment = split(hf_logits, model, batch)
+    steps: dict[str, Tensor] = {}
+    for x in drift.adapters.adapters(model):
+        d_a, d_b = expected[x.name_a].view(-1, *x.a.shape), expected[x.name_b].view(-1, *x.b.shape)
+        steps[x.base] = steps.get(x.base, 0) + (x.scaling * (d_b @ x.a + x.b @ d_a)).flatten(1)
+    assert steps.keys() == alignment.grams["lora"].keys()
+    for name, d in steps.items():
+        np.testing.assert_allclose(alignment.grams["lora"][name], (d @ d.T).detach().numpy(), rtol=1e-9, err_msg=name)
+
+
+def test_the_step_that_dora_induces_is_not_given_as_loras() -> None:
+    model, batch = zoo.lora(families.make("llama"), use_dora=True).double(), zoo.batch(rows=6, vocabulary=families.V)
+    alignment = split(hf_logits, model, batch)
+    agree(alignment, separate(hf_logits, model, batch), rtol=1e-6)
+    assert "lora" not in alignment.grams and all("lora_magnitude_vector" in n for n in alignment.missing)
 
 
 # --- estimates --------------------------------------------------------------------------------------------------
@@ -391,6 +453,20 @@ def test_what_is_not_covered_is_named_with_the_reason(kind, name: str, why: str)
     assert list(alignment.missing) == [name] and why in alignment.missing[name] and alignment.coverage < 1
     agree(alignment, expected)
     torch.testing.assert_close(parameters(model)[name].grad.flatten(), expected[name].sum(0))
+
+
+@pytest.mark.parametrize("kind", [Functional, Fused])
+@pytest.mark.parametrize("passes", [1, 2])
+def test_it_is_named_at_every_step_and_over_accumulated_passes(kind, passes: int) -> None:
+    model, batch = zoo.make(kind), zoo.batch(rows=6)
+    with SourceGradients(model, ["task", "self"], accumulate=passes > 1) as sources:
+        for _ in range(3):
+            for _ in range(passes):
+                sources.tag(TAGS)
+                loss_of(zoo_logits, model, batch).backward()
+            alignment = sources.step()
+            assert list(alignment.missing) == ["head.weight"] and alignment.coverage < 1 and "head.weight" not in alignment.grams["sgd"]
+    assert sources.coverage["missing"] == dict(alignment.missing)
 
 
 # --- attaching --------------------------------------------------------------------------------------------------
