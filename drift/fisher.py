@@ -283,6 +283,10 @@ def weighted_drift(fisher: Fisher, model: Side, base: Side) -> list[WeightedDrif
     found = {name: delta for name, delta in deltas(model, base) if name in known}
     if not found:
         raise ValueError(f"fisher covers none of the parameters that can drift; it has {sorted(known)[:3]}, ...")
+    sizes = {n: fisher.values[n].numel() if isinstance(fisher, Diagonal) else math.prod(len(x) for x in fisher.factors[n]) for n in found}
+    wrong = next((n for n, delta in found.items() if delta.numel != sizes[n]), None)
+    if wrong is not None:
+        raise ValueError(f"fisher is of another model: it has {sizes[wrong]} numbers for {wrong}, the drift has {found[wrong].numel}")
     values = torch.stack([fisher.quadratic(name, delta).cpu() for name, delta in found.items()]).tolist()
     return [WeightedDrift(name, value / 2) for name, value in zip(found, values, strict=True)]
 
@@ -305,15 +309,15 @@ class RestoringForce:
     drift: float
 
 
-def restoring_force(model: nn.Module, base: Reference, batches: Sequence[Batch], *, forward: Forward = logits_of) -> RestoringForce:
+def restoring_force(model: nn.Module, base: Side, batches: Sequence[Batch], *, forward: Forward = logits_of) -> RestoringForce:
     r"""The test of F4 on rows that the *base* has written: :math:`g(\theta)=F\delta+O(\lVert\delta\rVert^2)`.
 
     :math:`g` is the gradient of the rows' summed NLL. The difference to :math:`g(\theta_0)` on the same rows is taken: :math:`g(\theta_0)` has mean 0
     but the noise of the labels that were drawn, and most of that is shared. What is left of it blurs all three of slope, slope along the drift
     and cosine with few rows; F itself sums over labels. Cost a batch: two ordinary passes and one Fisher-vector product; memory: five
-    vectors of the trainable parameters.
+    vectors of the trainable parameters. ``base`` as for :func:`drift.parameter_drift`; it must hold all that is trained (LoRA: a snapshot).
     """
-    mine = trainable(model)
+    mine, base = trainable(model), Reference.of(base)
     delta = {n: p.detach() - base.get(n).to(p.device) for n, p in mine.items()}
     force, predicted = ({n: torch.zeros_like(p) for n, p in mine.items()} for _ in range(2))
     along, rows = [], 0

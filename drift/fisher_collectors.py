@@ -1,4 +1,7 @@
-"""What estimates of the Fisher information keep of the rows' gradients (for :mod:`drift.fisher`)."""
+"""What estimates of the Fisher information keep of the rows' gradients (for :mod:`drift.fisher`).
+
+Sums are kept in float32 at least: in bfloat16 they would stop growing after a few hundred terms.
+"""
 
 from collections.abc import Mapping, Sequence
 
@@ -22,7 +25,7 @@ class Squares(UseCollector):
         if self.token:
             uses = [use.squared() for use in uses]
         for rows, parts in blocks(uses):
-            squares = (parts if self.token else parts.square()).sum(0)
+            squares = (at_least_fp32(parts) if self.token else at_least_fp32(parts).square()).sum(0)
             if name not in self.sums:
                 self.sums[name] = squares.new_zeros(self.shapes[name])
             self.sums[name].view(len(self.sums[name]), -1)[rows] += squares
@@ -40,7 +43,7 @@ class Margins(UseCollector):
         if name not in self.shapes:
             return
         for rows, parts in blocks(uses):
-            squares = parts.square().sum(0).double()
+            squares = at_least_fp32(parts).square().sum(0).double()
             if name not in self.sums:
                 m, n = self.shapes[name]
                 self.sums[name] = squares.new_zeros(m), squares.new_zeros(n)

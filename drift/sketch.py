@@ -20,7 +20,7 @@ from drift.groups import Groups
 from drift.intercept import Interceptor, UseCollector
 from drift.modes import measuring
 from drift.names import layer_index, trainable
-from drift.numerics import check_finite
+from drift.numerics import at_least_fp32, check_finite
 from drift.uses import Dense, Sparse, Use
 from drift.weights import Side, deltas
 
@@ -151,10 +151,10 @@ class _Projections(UseCollector):
         if not isinstance(use, Dense | Sparse):
             return torch.stack([self.sketch.project(name, part) for part in use.parts])
         left, right = self.sketch.sides(name, self.shapes[name], use.right.device)
-        rights = _times(right, use.right.T).T
+        rights = _times(right, at_least_fp32(use.right).T).T
         if isinstance(use, Sparse):
             lefts = nn.functional.one_hot(use.ids, self.shapes[name][0]).to(rights.dtype) if left is None else left.T[use.ids].to(rights.dtype)
         else:
-            lefts, rights = use.split.sort(_times(left, use.left.T).T), use.split.sort(rights)
+            lefts, rights = use.split.sort(_times(left, at_least_fp32(use.left).T).T), use.split.sort(rights)
         bounds = use.bounds
         return torch.stack([lefts[low:high].T @ rights[low:high] for low, high in zip(bounds, bounds[1:], strict=False)])

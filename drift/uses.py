@@ -62,7 +62,7 @@ class Dense:
 
     def squared(self) -> "Dense":
         """The same of squared entries: sums over single tokens' squared gradients."""
-        return Dense(self.left.square(), self.right.square(), self.split)
+        return Dense(at_least_fp32(self.left).square(), at_least_fp32(self.right).square(), self.split)
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Sparse:
 
     def squared(self) -> "Sparse":
         """As :meth:`Dense.squared`."""
-        return Sparse(self.ids, self.right.square(), self.bounds)
+        return Sparse(self.ids, at_least_fp32(self.right).square(), self.bounds)
 
     def at(self, rows: Tensor) -> Tensor:
         """Every group's gradient at the weight's ``rows`` [R] (sorted, all ids among them), [G, R, n]."""

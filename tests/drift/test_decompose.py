@@ -8,8 +8,10 @@ import torch
 
 import drift
 from drift.decompose import decompose, explained_share, leading_subspace, shared_directions
+from drift.groups import Split
 from drift.names import parameters
-from drift.sketch import Sketch
+from drift.sketch import Sketch, _Projections
+from drift.uses import Dense
 from tests.drift import families, zoo
 
 
@@ -32,6 +34,15 @@ def test_sketches_are_projections_of_the_rows_gradients(family: str) -> None:
     for name, g in row_gradients(model, batch).items():
         expected = np.stack([sketch.project(name, x).flatten().numpy() for x in g])
         np.testing.assert_allclose(found.of(module=name), expected, rtol=1e-5, atol=1e-8 * np.abs(expected).max() + 1e-12, err_msg=name)
+
+
+def test_bfloat16_gradients_are_projected_in_float32() -> None:
+    torch.manual_seed(0)
+    left, right = torch.randn(6, 9).to(torch.bfloat16), torch.randn(6, 11).to(torch.bfloat16)
+    sketch, split = Sketch(3, 5), Split(None, (0, 2, 6))
+    found = _Projections(sketch, {"w": torch.Size((9, 11))})._projected("w", Dense(left, right, split))
+    for part, (low, high) in zip(found, ((0, 2), (2, 6)), strict=True):
+        torch.testing.assert_close(part.double(), sketch.project("w", left[low:high].double().T @ right[low:high].double()), rtol=1e-5, atol=1e-5)
 
 
 def test_a_sketch_longer_than_the_sides_is_exact() -> None:

@@ -109,6 +109,15 @@ def test_squaring_the_gradient_of_a_batch_mean_is_another_thing() -> None:
     assert squared < 0.3 * truth
 
 
+@pytest.mark.parametrize("estimator", ["sequence", "token"])
+def test_sums_over_many_batches_of_a_bfloat16_model_keep_their_digits(estimator: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "multinomial", lambda p, n, generator: p.argsort(-1)[:, -2:-1])
+    model, batch = zoo.make(zoo.Base).to(torch.bfloat16), small_batch()
+    once, often = (fisher.diagonal(model, [batch] * n, estimator=estimator, forward=zoo.forward).values for n in (1, 600))
+    for name, x in often.items():
+        torch.testing.assert_close(x, once[name], rtol=1e-4, atol=0)
+
+
 def test_kfac_is_exact_for_a_single_linear_layer_with_one_input() -> None:
     class One(nn.Module):
         def __init__(self) -> None:
@@ -289,6 +298,10 @@ def test_wrong_input_is_explained() -> None:
         fisher.product(model, [batch], {"head.weight": torch.zeros(1)}, forward=zoo.forward)
     with pytest.raises(ValueError, match="no trainable parameter"):
         fisher.diagonal(zoo.make(zoo.Base).requires_grad_(False), [batch], forward=zoo.forward)
+    other = fisher.diagonal(zoo.make(zoo.Base), [batch], forward=zoo.forward)
+    other.values["head.weight"].resize_(4, 4)
+    with pytest.raises(ValueError, match="fisher is of another model: it has 16 numbers for head.weight, the drift has 78"):
+        fisher.weighted_drift(other, model, drift.Reference.snapshot(model))
     nothing = {**batch, "labels": torch.full_like(batch["labels"], -100)}
     with pytest.raises(ValueError, match="no label differs from -100"):
         fisher.diagonal(model, [nothing], forward=zoo.forward)
