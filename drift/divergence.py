@@ -7,11 +7,15 @@ from torch import Tensor
 
 _HUGE = 1e30  # stands for −log 0
 _CHUNK = 128  # positions whose [chunk, V] log-probabilities are in memory at once
+_ROWS = 8192  # rows of a head that are widened at once
 
 
 @dataclass(frozen=True)
 class Projected:
-    """Logits :math:`hW^\top + b` that are formed a few positions at a time: ``hidden`` [N, d], ``weight`` [V, d], ``bias`` [V] or None."""
+    """Logits :math:`hW^\top + b` that are formed a few positions at a time: ``hidden`` [N, d], ``weight`` [V, d], ``bias`` [V] or None.
+
+    Whatever the types of these, the product runs in float32 at least: rounding logits to bfloat16 can double a small KL.
+    """
 
     hidden: Tensor
     weight: Tensor
@@ -33,8 +37,15 @@ class Projected:
     def device(self) -> torch.device:
         return self.hidden.device
 
-    def __getitem__(self, positions: slice) -> Tensor:
-        return torch.nn.functional.linear(self.hidden[positions], self.weight, self.bias)
+    def formed(self, positions: slice, out: Tensor) -> Tensor:
+        """Logits of some positions, [n, V], in ``out`` and in its type."""
+        hidden = self.hidden[positions].to(out.device, out.dtype)
+        if self.weight.dtype == out.dtype:
+            torch.mm(hidden, self.weight.T, out=out)
+        else:
+            for i in range(0, len(self.weight), _ROWS):
+                out[:, i : i + _ROWS] = hidden @ self.weight[i : i + _ROWS].to(out.dtype).T
+        return out if self.bias is None else out.add_(self.bias)
 
     def to(self, device: torch.device) -> "Projected":
         """The same on another device."""
@@ -72,6 +83,7 @@ METRICS = {"kl_base_model": "kl/base_model", "kl_model_base": "kl/model_base", "
            "entropy_model": "entropy/model", "nll_base": "nll/base", "nll_model": "nll/model"}
 
 
+@torch.no_grad()
 def token_divergences(base: Logits, model: Logits, targets: Tensor) -> TokenDivergences:
     r"""Compare two sets of next-token logits (or log-probabilities) ``base``, ``model`` [N, V] at ``targets`` [N].
 
@@ -92,6 +104,10 @@ def token_divergences(base: Logits, model: Logits, targets: Tensor) -> TokenDive
     n, v = base.shape
     if n == 0:
         raise ValueError("there is no position to compare (N = 0)")
+    if targets.is_floating_point() or int(targets.min()) < 0 or int(targets.max()) >= v:
+        raise ValueError(f"targets must be whole numbers in 0 ... {v - 1}, the vocabulary, got {targets.dtype} in {targets.min()} ... {targets.max()}")
+    if isinstance(base, Projected):
+        base = base.to(model.device)
     wide = torch.promote_types(torch.promote_types(base.dtype, model.dtype), torch.float32)
     # The same five blocks serve every chunk: fresh memory is slow to come by, and its remains pile up in the allocator.
     scratch = torch.empty(5, min(n, _CHUNK), v, dtype=wide, device=model.device)
@@ -123,12 +139,7 @@ def _chunk(base: Logits, model: Logits, targets: Tensor, chunk: slice, scratch: 
 
 def _log_softmax(logits: Logits, chunk: slice, space: Tensor, out: Tensor) -> None:
     """Log-probabilities of some positions into ``out``; ``space`` is of its shape and takes formed logits."""
-    if isinstance(logits, Projected) and logits.dtype == space.dtype and logits.device == space.device:
-        formed = torch.mm(logits.hidden[chunk], logits.weight.T, out=space)
-        if logits.bias is not None:
-            formed += logits.bias
-    else:
-        formed = logits[chunk].to(space.device, space.dtype)
+    formed = logits.formed(chunk, space) if isinstance(logits, Projected) else logits[chunk].to(space.device, space.dtype)
     torch.log_softmax(formed, -1, out=out)
 
 

@@ -15,16 +15,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from drift.adapters import adapters_disabled, has_adapters
-from drift.divergence import METRICS, Logits, Projected, RowDivergences, token_divergences
-from drift.forward import IGNORE, Batch, Forward, check_batch, counted, headless, logits_of, on_device
+from drift.divergence import METRICS, Logits, Projected, RowDivergences, TokenDivergences, token_divergences
+from drift.forward import IGNORE, Batch, Forward, check_batch, counted, device_of, headless, logits_of, on_device
 from drift.modes import measuring
 from drift.names import parameters
-from drift.numerics import at_least_fp32
+from drift.numerics import at_least_fp32, check_finite
 from drift.reference import Reference
-from drift.table import Row
+from drift.table import Row, written_whole
 
 NO_ADAPTERS: Literal["without adapters"] = "without adapters"
-Base = nn.Module | Path | str | None
+Base = nn.Module | Reference | Path | str | None
 
 
 class DivergenceProbe:
@@ -36,10 +36,12 @@ class DivergenceProbe:
     - None: the recorder's θ₀, put into the model once, by :meth:`prepare`;
     - ``"without adapters"``: the model with its adapters switched off, once as well;
     - a second model, run once, on its own device;
-    - a path: log-probabilities that :func:`store_base` wrote for these very batches; read from the file as they are needed.
+    - another :class:`~drift.reference.Reference`, a checkpoint folder or a file of weights: put into the model once, by :meth:`prepare`;
+    - a file of log-probabilities that :func:`store_base` wrote for these very batches; read as they are needed.
 
     Of a model whose logits are its head times its last states, as a trial on the first batch shows, only those states are kept
-    (4·N·d bytes for N positions of width d), and logits exist for 128 positions at a time; of any other, its logits (4·N·V bytes).
+    (N·d numbers for N positions of width d), and logits exist for 128 positions at a time, in float32 also where the model runs in
+    bfloat16; of any other, its logits (4·N·V bytes).
     ``forward(model, batch)`` returns logits [B, T, V]; the default calls a Hugging Face model.
     """
 
@@ -48,14 +50,12 @@ class DivergenceProbe:
         if not batches:
             raise ValueError(f"probe {name!r}: batches is empty; give at least one batch with labels")
         self.name, self.batches, self.forward, self.every = name, list(batches), forward, every
-        for batch in self.batches:
+        for i, batch in enumerate(self.batches):
             check_batch(batch)
-        if not any(bool((b["labels"][:, 1:] != IGNORE).any()) for b in self.batches):
-            raise ValueError(f"probe {name!r}: no label differs from -100, so there is no position to measure")
-        if isinstance(base, str) and base != NO_ADAPTERS:
-            base = Path(base)
-        if isinstance(base, Path):
-            _check_stored(base, self.batches, name)
+            if not bool((batch["labels"][:, 1:] != IGNORE).any()):
+                raise ValueError(f"probe {name!r}: no label differs from -100 in batch {i}, so there is no position to measure")
+        if isinstance(base, Path | str) and base != NO_ADAPTERS:
+            base = _opened(Path(base), self.batches, name)
         self.base = base
         self._kept: list[Logits] | None = None
         self._prepared_for: Reference | None = None
@@ -66,9 +66,11 @@ class DivergenceProbe:
         if isinstance(self.base, Path):
             self._kept = _stored(self.base, len(self.batches))
             return
+        reference = self.base if isinstance(self.base, Reference) else reference
         if self._kept is not None and self._prepared_for is reference:
             return
         source, context, head = model, nullcontext(), None
+        device_of(model)
         if isinstance(self.base, nn.Module):
             source = self.base
         elif self.base == NO_ADAPTERS:
@@ -105,12 +107,19 @@ class DivergenceProbe:
                 if isinstance(base, Projected):
                     base = base.to(targets.device)
                 tokens = token_divergences(base, logits, targets)
+                self._check_finite(model, tokens)
                 n = len(batch["labels"])
                 columns["tokens"].append(torch.bincount(rows.cpu(), minlength=n))
                 for metric in METRICS:
                     values = getattr(tokens, metric).double().cpu()
                     columns[metric].append(torch.zeros(n, dtype=torch.float64).index_add_(0, rows.cpu(), values))
         return RowDivergences(**{name: torch.cat(parts) for name, parts in columns.items()})
+
+    def _check_finite(self, model: nn.Module, tokens: TokenDivergences) -> None:
+        bad = [side for side, nll in (("base", tokens.nll_base), ("model", tokens.nll_model)) if bool(nll.isnan().any())]
+        if bad:
+            check_finite("the weight", {n: bool(p.isfinite().all()) for n, p in parameters(model).items()})
+            raise FloatingPointError(f"probe {self.name!r}: log-probabilities of the {' and the '.join(bad)} are not numbers")
 
     def rows(self, model: nn.Module, step: int) -> list[Row]:
         """Table rows: each metric's mean per token with its clustered standard error, and the perplexities :math:`e^{mean NLL}`."""
@@ -126,7 +135,7 @@ class DivergenceProbe:
 
     def _counted(self, model: nn.Module, batch: Batch) -> tuple[Logits, Tensor, Tensor]:
         """Logits [N, V] that predict the counted tokens, those tokens [N], and their rows [N]."""
-        moved = on_device(batch, next(model.parameters()).device)
+        moved = on_device(batch, device_of(model))
         row, column, targets = counted(moved["labels"])
         if self.forward is not logits_of:
             return self.forward(model, moved)[row, column], targets, row
@@ -157,7 +166,7 @@ def _unchanging(model: nn.Module, weight: Tensor, reference: Reference | None) -
     """A head's weight as it is at the base, without a copy where the base's is at hand already."""
     name = next(n for n, p in parameters(model).items() if p is weight)
     if reference is not None and name in reference:
-        return reference.get(name)
+        return reference.get(name).to(weight.dtype)
     return weight.detach().cpu().clone() if weight.requires_grad else weight.detach()
 
 
@@ -170,13 +179,15 @@ def store_base(path: Path | str, model: nn.Module, batches: Sequence[Batch], *, 
     4·N·V bytes in one safetensors file, which is written beside its place and renamed into it.
     """
     path, tensors = Path(path), {}
+    if not batches:
+        raise ValueError("batches is empty; give those of the probe")
+    path.parent.mkdir(parents=True, exist_ok=True)
     with measuring(model), torch.no_grad():
         for i, batch in enumerate(batches):
-            moved = on_device(batch, next(model.parameters()).device)
+            moved = on_device(batch, device_of(model))
             tensors[str(i)] = torch.log_softmax(at_least_fp32(_logits(model, moved, forward)), -1).float().cpu()
-    temporary = path.with_suffix(".tmp")
-    save_file(tensors, temporary, metadata={"batches": _digest(batches)})
-    temporary.replace(path)
+    with written_whole(path) as temporary:
+        save_file(tensors, temporary, metadata={"batches": _digest(batches)})
 
 
 def _logits(model: nn.Module, batch: Batch, forward: Forward) -> Tensor:
@@ -195,14 +206,20 @@ def _digest(batches: Sequence[Batch]) -> str:
     return digest.hexdigest()
 
 
-def _check_stored(path: Path, batches: Sequence[Batch], name: str) -> None:
+def _opened(path: Path, batches: Sequence[Batch], name: str) -> Path | Reference:
+    """The path itself, if it holds log-probabilities of these batches; the weights that it holds, if it holds some."""
     if not path.exists():
-        raise FileNotFoundError(f"probe {name!r}: base {path} is not there; write it with drift.divergence_probe.store_base, or give "
-                                f"a second model or {NO_ADAPTERS!r}")
+        raise FileNotFoundError(f"probe {name!r}: base {str(path)!r} is neither {NO_ADAPTERS!r} nor a path that is there; write log-probabilities "
+                                "with drift.store_base, or give a model, a checkpoint folder or a Reference")
+    if path.is_dir():
+        return Reference.open(path)
     with safe_open(path, framework="pt") as opened:
         found = (opened.metadata() or {}).get("batches")
+    if found is None:
+        return Reference.open(path)
     if found != _digest(batches):
         raise ValueError(f"probe {name!r}: base {path} was stored for other batches (token ids, masks or labels differ)")
+    return path
 
 
 def _stored(path: Path, n: int) -> list[Tensor]:

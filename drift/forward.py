@@ -51,6 +51,14 @@ def check_batch(batch: Batch) -> None:
             raise ValueError(f"{key} and labels must have one shape [B, T], got {list(tensor.shape)} and {list(labels.shape)}")
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's first parameter lies, and so its batches go. Raises ``ValueError`` if it has no values (the meta device)."""
+    name, first = next(iter(parameters(model).items()))
+    if first.is_meta:
+        raise ValueError(f"{type(model).__name__} has parameters on the meta device, without values ({name}, ...); load the weights first")
+    return first.device
+
+
 def on_device(batch: Batch, device: torch.device) -> dict[str, Any]:
     """The batch, checked, with its tensors on ``device``."""
     check_batch(batch)

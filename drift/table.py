@@ -4,7 +4,8 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -96,12 +97,10 @@ class Table:
         if self.out is None:
             return
         path = self.out / "drift" / f"part-{step:09d}.parquet"
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
         try:
-            pq.write_table(_arrow(rows), temporary)
-            temporary.replace(path)
+            with written_whole(path) as temporary:
+                pq.write_table(_arrow(rows), temporary)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
             raise OSError(error.errno, f"recording step {step} to {path} failed ({error.strerror}); "
                                        "the recordings before it are whole and readable") from error
 
@@ -180,10 +179,20 @@ def write_meta(out: Path, meta: Mapping[str, Any]) -> None:
     """Write ``<out>/drift/meta.json`` through a temporary file, with the versions of what is in use."""
     packages = [p for p in ("torch", "numpy", "pyarrow", "safetensors", "transformers", "peft", "trl") if p in sys.modules]
     content = {"python": platform.python_version(), "versions": {p: _version(p) for p in packages}, **meta}
-    path = out / "drift" / "meta.json"
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    with written_whole(out / "drift" / "meta.json") as temporary:
+        temporary.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A path beside ``path`` to write to; it is renamed into its place at the end of the block, and removed if that is left by an error."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _version(package: str) -> str:

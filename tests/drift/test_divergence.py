@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import drift
 from drift.divergence import METRICS, Projected, token_divergences
@@ -276,6 +276,10 @@ def test_a_second_model_stored_log_probabilities_and_files_give_the_same(tmp_pat
     files = drift.DivergenceProbe("files", batches)
     files.prepare(model, drift.Reference.open(tmp_path / "base"))
     _same(files.per_row(model), expected.per_row(model))
+    for given in (tmp_path / "base", str(tmp_path / "base" / "model.safetensors"), reference):
+        probe = drift.DivergenceProbe("its own", batches, base=given)
+        probe.prepare(model)
+        _same(probe.per_row(model), expected.per_row(model))
 
 
 def test_the_model_without_its_adapters_is_a_base() -> None:
@@ -296,10 +300,58 @@ def test_stored_log_probabilities_of_other_batches_are_refused(tmp_path) -> None
     store_base(tmp_path / "base.safetensors", zoo.llama(), batches)
     with pytest.raises(ValueError, match="probe 'p': base .* was stored for other batches"):
         drift.DivergenceProbe("p", [zoo.batch(vocabulary=32, seed=9)], base=tmp_path / "base.safetensors")
-    with pytest.raises(FileNotFoundError, match="probe 'p': base .*nothing is not there; write it with"):
+    with pytest.raises(FileNotFoundError, match="probe 'p': base .*nothing' is neither 'without adapters' nor a path that is there; write"):
         drift.DivergenceProbe("p", batches, base=tmp_path / "nothing")
     with pytest.raises(ValueError, match="reference is missing"):
         drift.DivergenceProbe("p", batches).prepare(zoo.llama())
+
+
+def test_a_bfloat16_models_head_runs_in_float32() -> None:
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(40, 16).to(torch.bfloat16), torch.randn(9000, 16).to(torch.bfloat16)  # more rows than are widened at once
+    moved, bias = hidden + (2**-6 * torch.randn(40, 16)).to(torch.bfloat16), torch.randn(9000).to(torch.bfloat16)
+    targets = torch.randint(0, 9000, (40,))
+    exact = token_divergences(*(x.double() @ weight.double().T + bias.double() for x in (hidden, moved)), targets)
+    measured = token_divergences(Projected(hidden, weight, bias), Projected(moved, weight, bias), targets)
+    for metric in METRICS:
+        torch.testing.assert_close(getattr(measured, metric).double(), getattr(exact, metric), rtol=1e-4, atol=1e-6)
+    rounded = token_divergences(*(nn.functional.linear(x, weight, bias) for x in (hidden, moved)), targets)
+    assert rounded.kl_base_model.mean() > 1.05 * exact.kl_base_model.mean(), "what rounded logits do"
+
+
+def test_a_float32_checkpoint_is_the_base_of_a_bfloat16_model(tmp_path) -> None:
+    model = zoo.llama()
+    model.save_pretrained(tmp_path)
+    cast, probe = copy.deepcopy(model).to(torch.bfloat16), drift.DivergenceProbe("p", [zoo.batch(vocabulary=32)], base=tmp_path)
+    probe.prepare(cast)
+    assert float(probe.per_row(cast).kl_base_model.abs().max()) == 0, "it has nothing but those weights, rounded"
+    second = drift.DivergenceProbe("p", [zoo.batch(vocabulary=32)], base=model)
+    second.prepare(cast)
+    assert 0 < float(second.per_row(cast).kl_base_model.sum()) < 1e-3
+
+
+def test_wrong_tokens_and_numbers_are_named() -> None:
+    with pytest.raises(ValueError, match=r"targets must be whole numbers in 0 ... 2, the vocabulary, got torch.int64 in 0 ... 7"):
+        token_divergences(torch.zeros(2, 3), torch.zeros(2, 3), torch.tensor([0, 7]))
+    model, batch = zoo.llama(), zoo.batch(vocabulary=32)
+    probe = probe_on(model, [batch])
+    model.model.norm.weight.data[3] = math.inf
+    with pytest.raises(FloatingPointError, match="the weight is not finite in 1 of 20 parameters: model.norm.weight"):
+        probe.per_row(model)
+    broken = drift.DivergenceProbe("p", [batch], base=model)
+    broken.prepare(zoo.llama())
+    with pytest.raises(FloatingPointError, match="probe 'p': log-probabilities of the base are not numbers"):
+        broken.per_row(zoo.llama())
+    hidden = {**batch, "labels": torch.full_like(batch["labels"], -100)}
+    with pytest.raises(ValueError, match="no label differs from -100 in batch 1"):
+        drift.DivergenceProbe("p", [batch, hidden])
+    with pytest.raises(ValueError, match="has parameters on the meta device"):
+        probe.per_row(zoo.llama().to("meta"))
+
+
+def test_logits_that_ask_for_gradients_are_compared() -> None:
+    logits = torch.randn(3, 5, requires_grad=True)
+    assert not token_divergences(logits, 2 * logits, torch.zeros(3, dtype=torch.long)).kl_base_model.requires_grad
 
 
 def test_perplexity_is_that_of_the_mean_nll() -> None:
