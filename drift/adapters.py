@@ -43,13 +43,17 @@ class Adapter:
 def adapters(model: nn.Module) -> Iterator[Adapter]:
     """Every active, unmerged adapter of the model's linear layers and embeddings.
 
-    Raises ``ValueError`` for merged adapters and ``NotImplementedError`` for LoRA on convolutions, naming the layer.
+    Raises ``ValueError`` for merged adapters and ``NotImplementedError`` for LoRA on convolutions and on bare parameters
+    (``target_parameters``) and for AdaLoRA, naming the layer.
     """
     for path, module in model.named_modules():
         if not (hasattr(module, "lora_A") and hasattr(module, "scaling") and hasattr(module, "base_layer")):
             continue
         if getattr(module, "merged_adapters", None):
             raise ValueError(f"the adapters of {path} are merged into its weight; unmerge them to measure their drift")
+        if hasattr(module, "parameter_name") or not isinstance(module.lora_A, nn.ModuleDict):
+            what = f"LoRA on the parameter {module.parameter_name}" if hasattr(module, "parameter_name") else type(module).__module__.split(".")[-2]
+            raise NotImplementedError(f"{path} has {what}; only LoRA on linear layers and embeddings is covered")
         embedding = bool(module.lora_embedding_A)
         for adapter in module.active_adapters:
             if adapter not in (module.lora_embedding_A if embedding else module.lora_A):

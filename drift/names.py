@@ -5,7 +5,8 @@ import re
 from torch import nn
 
 # What DDP, torch.compile, FSDP, checkpoint wrappers and PEFT put into parameter names.
-_WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_layer|original_module)(?=\.|$)")
+_WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_layer|original_module|modules_to_save\.[^.]+"
+                       r"|token_adapter)(?=\.|$)")
 _PREFIXES = re.compile(r"^(module\.|base_model\.model\.)+")
 
 
@@ -33,13 +34,19 @@ def layer_index(name: str) -> int | None:
 def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Every parameter once, by canonical name; tied parameters under the first name they have.
 
+    Of a module that PEFT trains as a whole (``modules_to_save``) that is the copy in training, not the original that it keeps beside it.
+
     >>> model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2, bias=False))
     >>> list(parameters(model))
     ['0.weight', '0.bias', '1.weight']
     """
     found: dict[str, nn.Parameter] = {}
-    for name, parameter in model.named_parameters():
+    named = list(model.named_parameters())
+    copies = {canonical_name(name): name for name, p in sorted(named, key=lambda x: x[1].requires_grad) if ".modules_to_save." in f".{name}"}
+    for name, parameter in named:
         canonical = canonical_name(name)
+        if copies.get(canonical, name) != name:
+            continue
         if canonical in found:
             raise ValueError(f"two parameters share the canonical name {canonical!r} (the second is {name!r}); "
                              "rename one of the modules")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from drift.adapters import Adapter, adapters, adapters_disabled, has_adapters
 from drift.names import canonical_name, parameters, tied
 
-_MOVED_BASE = ("pissa", "olora", "corda", "loftq")  # initialisations that take the adapter's start out of the base weight
+_MOVED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initialisations that take the adapter's start out of the base weight
 
 
 def whole(parameter: Tensor) -> Tensor:
@@ -34,12 +34,13 @@ class Reference:
     """
 
     def __init__(self, tensors: Mapping[str, Tensor] | None = None, files: Mapping[str, tuple[Path, str]] | None = None,
-                 adapters: Iterable[Adapter] = (), source: str = "the reference", moved_base: str | None = None) -> None:
+                 adapters: Iterable[Adapter] = (), source: str = "the reference", moved_base: str | None = None, partial: bool = False) -> None:
         self._tensors = dict(tensors or {})
         self._files = dict(files or {})
         self._opened: dict[Path, Any] = {}
         self._held: dict[tuple[str, int], bool] = {}
         self.source = source
+        self.partial = partial  # an adapter folder, which has few of the model's parameters
         self.moved_base = moved_base  # the initialisation of an adapter folder, where it changed the base weights
         self.adapters: dict[str, list[Adapter]] = {}
         for adapter in adapters:
@@ -81,8 +82,8 @@ class Reference:
         if not (path / "adapter_config.json").exists():
             return cls(files=names, source=str(path))
         config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
-        plain = cls(files={n: f for n, f in names.items() if ".lora_" not in n}, source=str(path), moved_base=_moved_base(config))
-        factors = cls(files=names)
+        plain = cls(files={n: f for n, f in names.items() if ".lora_" not in n}, source=str(path), moved_base=_moved_base(config), partial=True)
+        factors = cls(files=names, source=str(path))
         for adapter in _stored_adapters(names, factors, config):
             plain.adapters.setdefault(adapter.base, []).append(adapter)
         return plain
@@ -193,6 +194,9 @@ def _stored_adapters(names: Mapping[str, Any], factors: Reference, config: Mappi
     """The adapters of a PEFT folder: their factors, and their scaling by PEFT's rules."""
     if config.get("peft_type") != "LORA":
         raise NotImplementedError(f"{factors.source}: adapter_config.json says {config.get('peft_type')!r}; only LORA is covered")
+    for setting in ("target_parameters", "lora_bias"):
+        if config.get(setting):
+            raise NotImplementedError(f"{factors.source}: adapter_config.json has {setting}={config[setting]}, which is not covered")
     for name_a in sorted(names):
         match = re.fullmatch(r"(.+)\.(lora_A|lora_embedding_A)(\.weight)?", name_a)
         if match is None:

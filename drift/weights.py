@@ -94,9 +94,7 @@ def parameter_drift(model: Side, base: Side, *, metrics: Collection[str] = ("l2"
     >>> d.name, round(d.l2, 5), round(d.max, 5), round(d.spectral, 5), round(d.stable_rank, 5)
     ('weight', 3.0, 3.0, 3.0, 1.0)
     """
-    unknown = set(metrics) - set(METRICS)
-    if unknown:
-        raise ValueError(f"metrics holds {sorted(unknown)}; there are {', '.join(METRICS)}")
+    check_metrics(metrics, METRICS)
     found = dict(deltas(model, base))
     if not found:
         raise ValueError("the model has no trainable parameter, so nothing can drift; set requires_grad on some")
@@ -105,6 +103,15 @@ def parameter_drift(model: Side, base: Side, *, metrics: Collection[str] = ("l2"
     drifts = [_drift(name, delta, row, metrics) for (name, delta), row in zip(found.items(), sums.cpu().tolist(), strict=True)]
     check_finite("the drift", {d.name: isfinite(d.l2) for d in drifts})
     return drifts
+
+
+def check_metrics(metrics: Collection[str], known: Collection[str]) -> None:
+    """Raise ``ValueError`` naming what there is, unless ``metrics`` is a list of known names."""
+    if isinstance(metrics, str):
+        raise ValueError(f"metrics must be a list of names, got the string {metrics!r}; there are {', '.join(known)}")
+    unknown = sorted(set(metrics) - set(known))
+    if unknown:
+        raise ValueError(f"metrics holds {unknown}; there are {', '.join(known)}")
 
 
 def _sums(delta: Delta, wanted: Collection[str]) -> tuple[Tensor, ...]:
@@ -160,7 +167,10 @@ def _check(now: Reference, before: Reference, live: dict[str, nn.Parameter] | No
     measured = now.names() if live is None else {n for n, p in live.items() if p.requires_grad}
     measured = {n for n in measured if ".lora_" not in n and n not in adapted}
     missing = sorted(n for n in measured if n not in before)
-    extra = sorted(n for n in before.names() - now.names() if ".lora_" not in n) if live is None and measured else []
+    extra = [] if live is not None or now.partial else sorted(n for n in before.names() - now.names() if ".lora_" not in n)
+    biased = next((n for n in sorted({*(live or ()), *now.names(), *before.names()}) if ".lora_B." in n and n.endswith("bias")), None)
+    if biased is not None:
+        raise NotImplementedError(f"{biased} is a bias of a LoRA factor (lora_bias=True), which moves the layer's own bias; it is not covered")
     if missing or extra:
         raise ValueError(f"{now.source} and {before.source} differ in their parameters: {len(missing)} only in the first "
                          f"({', '.join(missing[:5])}), {len(extra)} only in the second ({', '.join(extra[:5])})")

@@ -188,6 +188,44 @@ def test_adapter_folders_after_the_fact(variant: str, tmp_path):
             assert math.isnan(p.rel) and math.isnan(p.cos), "the base weights are not at hand"
 
 
+def test_modules_that_peft_trains_whole_go_by_their_own_names(tmp_path):
+    model = zoo.llama(tied=False)
+    model.save_pretrained(tmp_path / "base")
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    wrapped = zoo.lora(model, nonzero=False, modules_to_save=["lm_head"])
+    reference = drift.Reference.snapshot(wrapped)
+    moved(wrapped)
+    wrapped.save_pretrained(tmp_path / "tuned")
+    now = effective(wrapped)
+    for base in (reference, tmp_path / "base"):
+        found = drift.parameter_drift(wrapped, base, metrics=ALL)
+        assert sorted(p.name for p in found) == sorted(n for n in before if any(part in n for part in ("lm_head", "q_proj", "down_proj")))
+        check_all(found, now, before, rel=1e-4)
+    check_all(drift.parameter_drift(tmp_path / "tuned", tmp_path / "base", metrics=ALL), now, before, rel=1e-4)
+    batch = {"input_ids": torch.arange(8).unsqueeze(0)}
+    with drift.Reference.open(tmp_path / "base").swapped_into(wrapped):
+        torch.testing.assert_close(wrapped(**batch).logits, zoo.llama(tied=False)(**batch).logits)
+
+
+def test_adapters_that_are_not_covered_are_refused_by_name(tmp_path):
+    from peft import AdaLoraConfig, LoraConfig, get_peft_model
+
+    biased = zoo.lora(zoo.llama(), lora_bias=True)
+    with pytest.raises(NotImplementedError, match=r"down_proj.lora_B.default.bias is a bias of a LoRA factor \(lora_bias=True\)"):
+        drift.parameter_drift(biased, drift.Reference.snapshot(biased))
+    biased.save_pretrained(tmp_path)
+    with pytest.raises(NotImplementedError, match="lora_bias=True"):
+        drift.parameter_drift(tmp_path, zoo.llama())
+    with pytest.raises(NotImplementedError, match="q_proj has adalora; only LoRA on linear layers and embeddings is covered"):
+        drift.Reference.snapshot(get_peft_model(zoo.llama(), AdaLoraConfig(target_modules=["q_proj"], total_step=10)))
+    experts = get_peft_model(families.make("mixtral", torch.float32), LoraConfig(target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj"]))
+    with pytest.raises(NotImplementedError, match="mlp.experts has LoRA on the parameter gate_up_proj"):
+        drift.Reference.snapshot(experts)
+    experts.save_pretrained(tmp_path / "experts")
+    with pytest.raises(NotImplementedError, match="target_parameters"):
+        drift.Reference.open(tmp_path / "experts")
+
+
 def test_a_moved_base_needs_the_adapter_of_the_start(tmp_path):
     model = zoo.llama(tied=False)
     model.save_pretrained(tmp_path / "base")
@@ -358,6 +396,8 @@ def test_wrong_questions_are_explained(tmp_path):
     reference = drift.Reference.snapshot(model)
     with pytest.raises(ValueError, match=r"metrics holds \['l3'\]; there are l2, rel, max"):
         drift.parameter_drift(model, reference, metrics=["l3"])
+    with pytest.raises(ValueError, match="metrics must be a list of names, got the string 'l2'"):
+        drift.parameter_drift(model, reference, metrics="l2")
     with pytest.raises(ValueError, match=r"Norms and the reference differ in their parameters: 4 only in the first \(body.0.bias|differ in their parameters"):
         drift.parameter_drift(zoo.make(zoo.Norms), reference)
     with pytest.raises(ValueError, match="2 parameters are on the meta device"):
