@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from math import isnan, nan, sqrt
 from pathlib import Path
 from types import TracebackType
@@ -14,7 +15,7 @@ from drift.names import parameters
 from drift.reference import Reference
 from drift.schedules import Schedule, schedule
 from drift.table import Row, Table, write_meta
-from drift.weights import METRICS, ParameterDrift, parameter_drift
+from drift.weights import METRICS, ParameterDrift, Side, check_metrics, parameter_drift
 
 UPDATE = "update"
 
@@ -49,13 +50,13 @@ class Watcher(Protocol):
 
 
 def record(model: nn.Module, out: Path | str | None = None, *, every: int | Schedule = 1, probes: Sequence[Probe] = (),
-           reference: Reference | None = None, metrics: Collection[str] = ("l2", "rel"), run: str = "run",
+           reference: Side | None = None, metrics: Collection[str] = ("l2", "rel"), run: str = "run",
            config: Mapping[str, Any] | None = None, start_step: int = 0, overwrite: bool = False) -> "Recorder":
     r"""Record drift from the base, and whatever ``probes`` measure, while ``model`` trains.
 
     ``out``: folder for ``drift/part-*.parquet`` and ``drift/meta.json``, readable by :func:`drift.load` while the run goes on (None: memory
     only). ``every``: record each so many steps, or when ``every(step)`` is true (:mod:`drift.schedules`); step 0 and the last step are
-    always recorded. ``reference``: θ₀; by default the weights at the moment of entering. ``metrics``: of
+    always recorded. ``reference``: θ₀, any base that :func:`drift.parameter_drift` takes; by default the weights at the moment of entering. ``metrics``: of
     :data:`drift.weights.METRICS`, and ``update``, the distance from the last recording (which keeps one more copy of what is trained).
     ``config``: anything worth keeping in meta.json. ``start_step``: the step that a resumed run goes on from; later recordings in ``out`` are
     dropped, earlier ones kept. θ₀ must then be given. ``overwrite``: replace a former run's recordings in ``out``.
@@ -82,19 +83,24 @@ class Recorder:
     """What :func:`record` returns; call :meth:`step` after every optimiser step."""
 
     def __init__(self, model: nn.Module, out: Path | str | None, *, every: int | Schedule, probes: Sequence[Probe],
-                 reference: Reference | None, metrics: Collection[str], run: str, config: Mapping[str, Any] | None,
+                 reference: Side | None, metrics: Collection[str], run: str, config: Mapping[str, Any] | None,
                  start_step: int, overwrite: bool) -> None:
+        if reference is model:
+            raise ValueError("reference is the model that is trained, which can't drift from itself; leave it out, or give Reference.snapshot(model)")
+        if start_step < 0:
+            raise ValueError(f"start_step must be 0 or the step that the run goes on from, got {start_step}")
         if start_step > 0 and reference is None:
             raise ValueError(f"reference is missing: at start_step={start_step} the model has left θ₀, so it can't be taken "
                              "from it; give Reference.snapshot(model) made before training, or "
                              "Reference.open(the base model's folder)")
-        unknown = set(metrics) - {*METRICS, UPDATE}
-        if unknown:
-            raise ValueError(f"metrics holds {sorted(unknown)}; there are {', '.join([*METRICS, UPDATE])}")
+        check_metrics(metrics, [*METRICS, UPDATE])
+        if not isinstance(probes, Sequence) or isinstance(probes, str):
+            raise TypeError(f"probes must be a list of probes, got {type(probes).__name__}")
         names = [p.name for p in probes]
         if len(set(names)) < len(names):
             raise ValueError(f"probes must have different names, got {names}")
-        self.model, self.probes, self.reference, self.config = model, list(probes), reference, dict(config or {})
+        self.model, self.probes, self.config = model, list(probes), dict(config or {})
+        self.reference = None if reference is None else Reference.of(reference)
         self.metrics, self.overwrite = tuple(dict.fromkeys(["l2", *metrics])), overwrite
         self.every = schedule(every)
         self.last = start_step
@@ -102,18 +108,25 @@ class Recorder:
         self.recordings = 0
         self._watchers = [p for p in self.probes if isinstance(p, Watcher)]
         self._table = Table(out, run)
+        self._entered = False
         self._recorded: set[int] = set()
+        self._theta0: dict[str, str] = {}  # what the reference is
         self._before: Reference | None = None  # the weights at the last recording, for "update"
 
     def __enter__(self) -> Self:
-        if self.last == 0:
-            self._table.begin(overwrite=self.overwrite)
-        else:
-            self._table.resume(self.last, self.config)
+        if self._entered:
+            raise RuntimeError("this Recorder has recorded a run; call drift.record for another")
+        self._entered = True
         began = time.perf_counter()
         if self.reference is None:
             self.reference = Reference.snapshot(self.model)
         self.reference.check(self.model)
+        self._theta0 = {"source": self.reference.source, "sha256": self.reference.digest(parameters(self.model))}
+        if self.last == 0:
+            self._table.begin(overwrite=self.overwrite)
+        else:
+            before = self._table.resume(self.last, {"config": self.config, "trainable_parameters": self._trainable(), "reference": self._theta0})
+            self.overhead, self.recordings = before.get("overhead_seconds", 0.0), before.get("recordings", 0)
         for probe in self.probes:
             probe.prepare(self.model, self.reference)
         self.overhead += time.perf_counter() - began
@@ -123,27 +136,44 @@ class Recorder:
             self._recorded = {self.last}
             if UPDATE in self.metrics:
                 self._before = Reference.snapshot(self.model)
-        for watcher in self._watchers:
-            watcher.attach(self.every, self.last)
+        try:
+            for watcher in self._watchers:
+                watcher.attach(self.every, self.last)
+        except BaseException:
+            self._detach()
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for watcher in self._watchers:
-            watcher.detach()
+        self._detach()
         if kind is None and self.last not in self._recorded:
             self._record(self.last, everything=True)
-        self._write_meta()
+        with nullcontext() if kind is None else suppress(OSError):  # the error that ended the training is the one to see
+            self._write_meta()
+
+    def _detach(self) -> None:
+        for watcher in self._watchers:
+            watcher.detach()
 
     def step(self, step: int | None = None) -> dict[str, float]:
         """Tell that an optimiser step has been taken; on schedule, record and return what is worth logging.
 
-        ``step``: its number; by default one more than the last. Returns e.g. ``{"drift/l2": ..., "kl/base_model/held-out":
+        ``step``: its number, above the last; by default one more. Returns e.g. ``{"drift/l2": ..., "kl/base_model/held-out":
         ...}`` (whole-model figures), or ``{}`` where nothing was due.
         """
+        self._check_entered()
+        if step is not None and step <= self.last:
+            raise ValueError(f"step must be above the last, {self.last}, got {step}")
+        if self._watchers and step not in (None, self.last + 1):
+            raise ValueError(f"probe {self._watchers[0].name!r} watches every training step, so step must be {self.last + 1} after {self.last}, got {step}")
         self.last = self.last + 1 if step is None else step
         for watcher in self._watchers:
             watcher.step()
         return self._record(self.last) if self.every(self.last) else {}
+
+    def _check_entered(self) -> None:
+        if not self._entered:
+            raise RuntimeError("the recorder is not running: use it in a with block, `with drift.record(model) as rec:`")
 
     def table(self) -> pa.Table:
         """Everything recorded so far, as an Arrow table (columns as in :class:`drift.table.Row`)."""
@@ -169,18 +199,21 @@ class Recorder:
 
     def latest(self) -> dict[str, float]:
         """The whole-model figures of the last recording, as :meth:`step` returns them."""
+        self._check_entered()
         last = max(self._recorded)
         return _whole_model([r for r in self._table.rows if r.step == last])
+
+    def _trainable(self) -> int:
+        return sum(p.numel() for p in parameters(self.model).values() if p.requires_grad)
 
     def _write_meta(self) -> None:
         if self._table.out is None:
             return
-        trainable = {n: p.numel() for n, p in parameters(self.model).items() if p.requires_grad}
         coverage = {p.name: p.coverage for p in self.probes if hasattr(p, "coverage")}
         write_meta(self._table.out, {
             "run": self._table.run, "last_step": self.last, "recordings": self.recordings,
-            "overhead_seconds": round(self.overhead, 3), "trainable_parameters": sum(trainable.values()),
-            "metrics": list(self.metrics), "coverage": coverage, "config": self.config})
+            "overhead_seconds": round(self.overhead, 3), "trainable_parameters": self._trainable(),
+            "reference": self._theta0, "metrics": list(self.metrics), "coverage": coverage, "config": self.config})
 
 
 def drift_rows(drifts: Sequence[ParameterDrift], step: int, metrics: Collection[str] = ("l2", "rel"), name: str | None = None) -> list[Row]:

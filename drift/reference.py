@@ -1,5 +1,6 @@
 """The weights that drift is measured from: a model's as they were, or as files hold them."""
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -134,6 +135,20 @@ class Reference:
             self._held[key] = mine.data_ptr() == tensor.data_ptr() or all(
                 torch.equal(a.to(b.device).double(), b.double()) for a, b in zip(mine.split(1024), tensor.split(1024), strict=True))
         return self._held[key]
+
+    def digest(self, names: Iterable[str]) -> str:
+        """SHA-256 of the shapes and the first 64 numbers of the tensors of these names that are here, LoRA factors and quantised weights left out.
+
+        It tells one θ₀ from another, in a snapshot as in files, at the cost of a page of each.
+        """
+        digest = hashlib.sha256()
+        for name in sorted(n for n in names if n in self and ".lora_" not in n):
+            tensor = self.get(name)
+            if type(tensor) not in (Tensor, nn.Parameter) or not tensor.is_floating_point():
+                continue
+            digest.update(f"{name}{tuple(tensor.shape)}".encode())
+            digest.update(tensor.reshape(-1)[:64].cpu().double().numpy().tobytes())
+        return digest.hexdigest()
 
     def check(self, model: nn.Module) -> None:
         """Raise ``ValueError`` unless every parameter of the model is here with its shape (LoRA factors may be missing)."""

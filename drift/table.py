@@ -62,17 +62,17 @@ class Table:
             except OSError as error:
                 raise OSError(error.errno, f"can't record to {self.out / 'drift'} ({error.strerror}); choose another out") from None
 
-    def resume(self, step: int, config: Mapping[str, Any]) -> None:
-        """Forget what was recorded after ``step``, and read the rest back (for a run that goes on from there).
+    def resume(self, step: int, now: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Forget what was recorded after ``step``, and read the rest back (for a run that goes on from there); what meta.json held.
 
-        Raises ``ValueError`` if the folder holds another run.
+        Raises ``ValueError`` if the folder holds another run: one of another name, or other values under the keys of ``now``.
         """
         self.rows = []
         if not self._parts():
-            return
+            return {}
         before = load(self.out).meta
-        now = json.loads(json.dumps({"run": self.run, "config": config}, default=str))
-        differing = [f"{key} is {before.get(key)!r}, now {now[key]!r}" for key in now if key in before and before[key] != now[key]]
+        now = json.loads(json.dumps({"run": self.run, **now}, default=str))
+        differing = [f"{key} is {before.get(key)!r}, now {now[key]!r}" for key in now if key in before and not _same(before[key], now[key])]
         if differing:
             raise ValueError(f"out {self.out} holds the recordings of another run ({'; '.join(differing)}); choose another folder")
         for part in self._parts():
@@ -80,6 +80,7 @@ class Table:
                 part.unlink()
         if self._parts():
             self.rows = [Row(**r) for r in load(self.out).table.to_pylist()]
+        return before
 
     def begin(self, *, overwrite: bool) -> None:
         """Start with no recordings. Raises ``FileExistsError`` if there are some, unless ``overwrite``: then they are removed."""
@@ -119,6 +120,12 @@ def main_process() -> bool:
 
 def _step_of(part: Path) -> int:
     return int(part.stem.split("-")[1])
+
+
+def _same(before: Any, now: Any) -> bool:
+    if isinstance(before, dict) and "sha256" in before:  # one content, wherever it was read from
+        return before["sha256"] == now["sha256"]
+    return before == now
 
 
 def _arrow(rows: list[Row]) -> pa.Table:

@@ -1,7 +1,9 @@
 """What is recorded, when, and that nothing of it stays behind in the model."""
 
+import copy
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import drift
@@ -154,6 +157,78 @@ def test_going_on_with_another_run_is_refused(tmp_path: Path) -> None:
             drift.record(model, tmp_path, reference=reference, run="mine", config={"lr": 0.2}, start_step=1):
         pass
     assert sorted(values(drift.load(tmp_path).table, "drift/l2", module="bias")) == [0, 1, 2]
+
+
+def test_going_on_from_another_base_or_with_another_model_is_refused(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    reference = drift.Reference.snapshot(model)
+    save_file({n: p.detach().clone() for n, p in model.named_parameters()}, tmp_path / "base.safetensors")
+    with drift.record(model, tmp_path) as rec:
+        walk(model, rec, 2)
+    spent = rec.overhead
+    with pytest.raises(ValueError, match=r"holds the recordings of another run \(reference is .*sha256"), \
+            drift.record(model, tmp_path, reference=drift.Reference.snapshot(model), start_step=2):
+        pass
+    other = nn.Linear(2, 3)
+    with pytest.raises(ValueError, match=r"another run \(trainable_parameters is 6, now 9"), \
+            drift.record(other, tmp_path, reference=drift.Reference.snapshot(other), start_step=2):
+        pass
+    for start, base in ((2, reference), (3, tmp_path / "base.safetensors")):  # the same θ₀, wherever it is kept
+        with drift.record(model, tmp_path, reference=base, start_step=start) as rec:
+            walk(model, rec, 1)
+    meta = drift.load(tmp_path).meta
+    assert meta["recordings"] == 5 and meta["overhead_seconds"] >= round(spent, 3), "what came before counts"
+    assert sorted(values(drift.load(tmp_path).table, "drift/l2", module="bias")) == [0, 1, 2, 3, 4]
+
+
+def test_any_base_is_a_reference_but_the_model_itself(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    for base in (copy.deepcopy(model), drift.Reference.snapshot(model)):
+        with drift.record(model, reference=base) as rec:
+            assert rec.latest()["drift/l2"] == 0
+    with pytest.raises(ValueError, match="reference is the model that is trained"):
+        drift.record(model, reference=model)
+
+
+def test_misuse_is_explained(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    rec = drift.record(model)
+    for ask in (rec.step, rec.latest):
+        with pytest.raises(RuntimeError, match="use it in a with block"):
+            ask()
+    with rec:
+        walk(model, rec, 2)
+        for step in (2, -1):
+            with pytest.raises(ValueError, match=f"step must be above the last, 2, got {step}"):
+                rec.step(step)
+        rec.step(7)
+    with pytest.raises(RuntimeError, match="has recorded a run"), rec:
+        pass
+    assert sorted(values(rec.table(), "drift/l2", module="bias")) == [0, 1, 2, 7]
+    with pytest.raises(TypeError, match="probes must be a list of probes, got Counter"):
+        drift.record(model, probes=Counter())
+    with pytest.raises(ValueError, match="start_step must be 0 or .* got -1"):
+        drift.record(model, start_step=-1)
+    sources = drift.SourceGradients(model, ["a", "b"])
+    with drift.record(model, probes=[sources]) as rec, pytest.raises(ValueError, match="'sources' watches every training step, so step must be 1 after 0, got 10"):
+        rec.step(10)
+
+
+def test_an_error_while_attaching_leaves_nothing_behind() -> None:
+    model = zoo.llama()
+    one, two = drift.SourceGradients(model, ["a", "b"]), drift.SourceGradients(model, ["c", "d"])
+    two.name = "two"
+    with pytest.raises(RuntimeError, match="attached to this model already"), drift.record(model, probes=[one, two]):
+        pass
+    assert not model._forward_pre_hooks
+
+
+def test_the_error_that_ends_a_training_is_not_hidden_by_a_lost_folder(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    with pytest.raises(KeyError, match="mine"), drift.record(model, tmp_path / "run") as rec:
+        walk(model, rec, 1)
+        shutil.rmtree(tmp_path / "run")
+        raise KeyError("mine")
 
 
 def test_meta_is_there_while_the_run_goes_on(tmp_path: Path) -> None:
