@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 import drift
@@ -40,6 +40,26 @@ def test_in_a_trainer(tmp_path: Path) -> None:
     logged = [e for e in t.state.log_history if "loss" in e]
     assert [e["drift/l2"] for e in logged] == [measured[s] for s in (2, 4, 6)]
     assert all(e["kl/base_model/held-out"] > 0 for e in logged)
+
+
+class Reporter(TrainerCallback):
+    """As W&B's and TensorBoard's: asked before the callbacks that a Trainer is given."""
+
+    def __init__(self) -> None:
+        self.logged: list[dict] = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        self.logged.append(dict(logs))
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_in_front_of_the_reporters_its_figures_reach_them(tmp_path: Path, given: bool) -> None:
+    reporter, callback = Reporter(), drift.DriftCallback(every=2)
+    t = trainer(tmp_path, reporter, *[callback] * given)
+    assert callback.add_to(t) is callback
+    t.train()
+    measured = drifts(tmp_path)
+    assert [e["drift/l2"] for e in reporter.logged if "loss" in e] == [measured[s] for s in (2, 4, 6)]
 
 
 def test_a_resumed_training_goes_on_in_the_same_table(tmp_path: Path) -> None:
