@@ -166,8 +166,8 @@ def gradient_gram(model: nn.Module, batch: Batch, *, forward: Forward = logits_o
     labels = batch["labels"]
     if rows is None:
         rows = torch.arange(len(labels)).unsqueeze(1).expand(labels.shape)
-    if rows.shape != labels.shape:
-        raise ValueError(f"rows must have the shape of labels, got {tuple(rows.shape)} and {tuple(labels.shape)}")
+    if rows.shape != labels.shape or rows.is_floating_point() or int(rows.min()) < 0:
+        raise ValueError(f"rows must be whole numbers from 0 on in the shape of labels {tuple(labels.shape)}, got {rows.dtype} {tuple(rows.shape)}")
     n_rows = int(rows.max()) + 1
     collector = _RowGrams()
     with measuring(model), torch.enable_grad(), Interceptor(model).collecting(collector, Groups(rows, n_rows, tuple(labels.shape))):
@@ -207,6 +207,8 @@ def join_batches(batches: Sequence[Batch]) -> dict[str, Tensor]:
     >>> joined["labels"].tolist(), joined["attention_mask"].tolist()
     ([[1, 1, -100], [1, 1, 1], [1, 1, 1]], [[1, 1, 0], [1, 1, 1], [1, 1, 1]])
     """
+    if not batches:
+        raise ValueError("batches is empty; give at least one")
     full = [{"attention_mask": torch.ones_like(b["input_ids"]), **b} for b in batches]
     width = max(b["input_ids"].shape[1] for b in full)
     names = [k for k in full[0] if all(isinstance(b.get(k), Tensor) and b[k].shape == b["input_ids"].shape for b in full)]

@@ -2,13 +2,16 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from drift.recorder import Probe, Recorder, record
 from drift.schedules import Schedule
 from drift.weights import Side
+
+if TYPE_CHECKING:  # slow to import
+    from transformers import Trainer
 
 
 class DriftCallback(TrainerCallback):
@@ -31,7 +34,7 @@ class DriftCallback(TrainerCallback):
         self.recorder: Recorder | None = None
         self._pending: dict[str, float] = {}
 
-    def add_to(self, trainer: Trainer) -> Self:
+    def add_to(self, trainer: "Trainer") -> Self:
         """Put the callback in front of the Trainer's others, so that its reporters get the figures too."""
         callbacks = trainer.callback_handler.callbacks
         callbacks[:] = [self, *(c for c in callbacks if c is not self)]

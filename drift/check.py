@@ -37,9 +37,9 @@ class Check:
         return self.error <= self.tolerance
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class CheckReport:
-    """All comparisons; ``str()`` is a table of them."""
+    """All comparisons; shown, in a notebook too, as a table of them."""
 
     checks: tuple[Check, ...]
 
@@ -53,6 +53,8 @@ class CheckReport:
         lines = [f"{'agrees ' if c.agrees else 'DIFFERS'}  {c.what:<{width}}  error {c.error:8.1e}  (up to {c.tolerance:.0e})"
                  f"{'  ' + c.note if c.note else ''}" for c in self.checks]
         return "\n".join(lines)
+
+    __repr__ = __str__
 
 
 def check(model: nn.Module, batch: Batch, *, forward: Forward = logits_of) -> CheckReport:

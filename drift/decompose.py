@@ -70,8 +70,9 @@ def decompose(own_old: Vectors, foreign_old: Vectors, own_new: Vectors, foreign_
     >>> round(found.style.norm2, 6), round(found.content.norm2, 6), round(found.style_share.value, 6)
     (9.0, 1.0, 0.9)
     """
-    cells = [np.asarray(c, dtype=np.float64) for c in (own_old, foreign_old, own_new, foreign_new)]
-    if len({c.shape for c in cells}) > 1 or cells[0].ndim != 2 or len(cells[0]) < 4:
+    given = {"own_old": own_old, "foreign_old": foreign_old, "own_new": own_new, "foreign_new": foreign_new}
+    cells = [_checked(name, c) for name, c in given.items()]
+    if len({c.shape for c in cells}) > 1 or len(cells[0]) < 4:
         raise ValueError(f"the four cells must be [n, K] of one shape with n >= 4, got {[c.shape for c in cells]}")
     oo, fo, on, fn = cells
     style, content = ((fo - oo) + (fn - on)) / 2, ((on - oo) + (fn - fo)) / 2
@@ -118,6 +119,17 @@ def _bootstrap(statistic: Callable[[NDArray[np.int64]], float], n: int, resample
 # --- subspaces --------------------------------------------------------------------------------------------------
 
 
+def _checked(name: str, vectors: Vectors) -> Vectors:
+    """``vectors`` as float64 [n, K]; ``ValueError`` if they are not that, or not finite."""
+    vectors = np.asarray(vectors, dtype=np.float64)
+    if vectors.ndim != 2:
+        raise ValueError(f"{name} must be [n, K], got {vectors.shape}")
+    bad = np.flatnonzero(~np.isfinite(vectors).all(1))
+    if len(bad):
+        raise ValueError(f"{name} must be finite; {len(bad)} of {len(vectors)} rows are not, the first of them row {bad[0]}")
+    return vectors
+
+
 def leading_subspace(vectors: Vectors, k: int) -> tuple[Vectors, float]:
     """Orthonormal basis [K, k] of the directions in which ``vectors`` [n, K] are largest about 0, and their share of the sum of squares.
 
@@ -125,8 +137,15 @@ def leading_subspace(vectors: Vectors, k: int) -> tuple[Vectors, float]:
     >>> abs(basis[:, 0]).round(6).tolist(), share
     ([1.0, 0.0], 0.5)
     """
-    if vectors.ndim != 2 or not 1 <= k <= min(vectors.shape):
+    vectors = _checked("vectors", vectors)
+    if not 1 <= k <= min(vectors.shape):
         raise ValueError(f"k must be at least 1 and at most {min(vectors.shape)}, got {k}")
+    if not vectors.any():
+        raise ValueError("vectors are 0 throughout, so they have no leading directions")
+    return _leading(vectors, k)
+
+
+def _leading(vectors: Vectors, k: int) -> tuple[Vectors, float]:
     _, values, directions = np.linalg.svd(vectors, full_matrices=False)
     return directions[:k].T, float((values[:k] ** 2).sum() / (values**2).sum())
 
@@ -149,7 +168,8 @@ def shared_directions(x: Vectors, y: Vectors, k: int = 4, *, permutations: int =
     ``blocks`` (one a parameter: :attr:`drift.sketch.Sketches.columns`), so that parameters of unlike size are not mixed. It supposes that within a block no
     column is special, which holds for random projections and not for raw gradients.
     """
-    if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1]:
+    x, y = _checked("x", x), _checked("y", y)
+    if x.shape[1] != y.shape[1]:
         raise ValueError(f"x and y must be [n, K] and [m, K], got {x.shape} and {y.shape}")
     if permutations < 1:
         raise ValueError(f"permutations must be at least 1, got {permutations}")
@@ -191,9 +211,12 @@ def explained_share(change: Vectors, vectors: Vectors, k: int = 4, *, resamples:
     >>> round(share.share.value, 6)
     0.36
     """
-    change = np.asarray(change, dtype=np.float64).reshape(-1)
+    vectors, change = _checked("vectors", vectors), _checked("change", np.asarray(change, dtype=np.float64).reshape(1, -1))[0]
+    if permutations < 1:
+        raise ValueError(f"permutations must be at least 1, got {permutations}")
     if len(change) != vectors.shape[1]:
-        raise ValueError(f"change has {len(change)} numbers and vectors {vectors.shape[1]} columns; they must be sketches of one Sketch")
+        raise ValueError(f"change has {len(change)} numbers and vectors {vectors.shape[1]} columns; they must be sketches by one Sketch of the same "
+                         "parameters (Sketches.common)")
     size = float(change @ change)
     if size == 0:
         raise ValueError("change is 0 throughout, so there is nothing to explain")
@@ -201,8 +224,8 @@ def explained_share(change: Vectors, vectors: Vectors, k: int = 4, *, resamples:
     def inside(basis: Vectors) -> float:
         return float(((basis.T @ change) ** 2).sum() / size)
 
-    share = _bootstrap(lambda kept: inside(leading_subspace(vectors[kept], k)[0]), len(vectors), resamples, seed)
-    rng = np.random.default_rng(seed + 1)
     basis = leading_subspace(vectors, k)[0]
+    share = _bootstrap(lambda kept: inside(_leading(vectors[kept], k)[0]), len(vectors), resamples, seed)
+    rng = np.random.default_rng(seed + 1)
     null = np.array([inside(_shuffled(basis, rng, blocks)) for _ in range(permutations)])
     return ExplainedShare(share, float(null.mean()), (1 + int((null >= share.value - 1e-12).sum())) / (1 + permutations))

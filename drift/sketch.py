@@ -41,6 +41,20 @@ class Sketches:
         return np.concatenate([self.values[:, c] for c in chosen], axis=1)
 
 
+    def common(self, other: "Sketches") -> tuple["Sketches", "Sketches"]:
+        """This and the other one by the same Sketch, cut down to the parameters that both have, in one order.
+
+        Gradients lack what a model has frozen and what is named in ``missing``; drift lacks LoRA's factors, and has the weights that they adapt.
+        """
+        names = [n for n in self.columns if n in other.columns]
+        if not names:
+            raise ValueError(f"the sketches have no parameter in common; one has {list(self.columns)[:2]}, ..., the other {list(other.columns)[:2]}, ...")
+        wrong = next((n for n in names if len(self.of(module=n).T) != len(other.of(module=n).T)), None)
+        if wrong is not None:
+            raise ValueError(f"{wrong} has {len(self.of(module=wrong).T)} columns here and {len(other.of(module=wrong).T)} there: they are by different Sketches")
+        return tuple(_stacked({n: x.of(module=n) for n in names}, x.missing) for x in (self, other))
+
+
 @dataclass(frozen=True)
 class Sketch:
     r"""A random projection of every parameter to at most ``p`` · ``q`` numbers, fixed by ``seed`` and the parameter's name.

@@ -103,7 +103,7 @@ _PATTERNS = [
     ("ellipses", re.compile(r"…|\.{3,}"), "…."),
     ("bold", re.compile(r"\*\*(?=\S)[^*\n]+\*\*"), "*"),
     ("inline_code", re.compile(r"(?<!`)`[^`\n]+`(?!`)"), "`"),
-    ("links", re.compile(r"\[[^\[\]\n]*\]\([^)\s]*\)|https?://\S+|\bwww\.\S+"), "[:w"),
+    ("links", re.compile(r"\[[^\[\]\n]*\]\([^)\s]{0,999}\)|https?://\S+|\bwww\.\S+"), "[:w"),
 ]
 _CLOSING = "\"'”’»)]*_` \t"
 _OF_LINES = ("lines_end_stop", "headings", "bullets", "numbered_items", "table_lines", "quoted_lines", "code_block_lines",

@@ -238,6 +238,15 @@ def test_score_identity_by_enumeration() -> None:
 # --- the probe ------------------------------------------------------------------------------------------------
 
 
+def test_rows_that_are_none_are_refused() -> None:
+    model, batch = zoo.llama(), zoo.batch(vocabulary=32)
+    for rows in (torch.full((5, 7), -1), torch.zeros(5, 7), torch.zeros(5, dtype=torch.long)):
+        with pytest.raises(ValueError, match=r"rows must be whole numbers from 0 on in the shape of labels \(5, 7\), got"):
+            drift.gradient_gram(model, batch, rows=rows)
+    with pytest.raises(ValueError, match="batches is empty"):
+        join_batches([])
+
+
 def test_batches_join_on_the_right() -> None:
     joined = join_batches([zoo.batch(rows=2, tokens=5), zoo.batch(rows=3, tokens=7)])
     assert {k: tuple(v.shape) for k, v in joined.items()} == dict.fromkeys(("input_ids", "attention_mask", "labels"), (5, 7))

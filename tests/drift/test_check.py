@@ -14,6 +14,7 @@ from tests.drift import families, zoo
 def test_it_agrees_on_every_family(family: str, dtype: torch.dtype) -> None:
     report = check(families.make(family, dtype), zoo.batch(rows=6, vocabulary=families.V))
     assert report.agrees, str(report)
+    assert repr(report) == str(report)
     assert str(report).count("agrees") == len(report.checks) == 6 and "covers 100.0%" in str(report)
 
 
@@ -27,6 +28,19 @@ def test_it_finds_a_wrong_product(monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = alignment.gram_of
     monkeypatch.setattr(alignment, "gram_of", lambda parts: 1.1 * wrong(parts))
     report = check(zoo.llama(), zoo.batch(rows=4, vocabulary=32))
+    assert not report.agrees and str(report).startswith("DIFFERS  products of rows' gradients")
+
+
+class Mixing(zoo.Base):
+    """Rows that see each other, as in a batch norm."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        hidden = self.embed(ids)
+        return self.head(self.body(hidden) + hidden.mean(0, keepdim=True))
+
+
+def test_it_finds_rows_that_see_each_other() -> None:
+    report = check(zoo.make(Mixing), zoo.batch(rows=4), forward=zoo.forward)
     assert not report.agrees and str(report).startswith("DIFFERS  products of rows' gradients")
 
 

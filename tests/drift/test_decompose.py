@@ -162,3 +162,47 @@ def test_the_explained_share_of_a_drift() -> None:
         explained_share(0 * change, vectors)
     with pytest.raises(ValueError, match="k must be at least 1 and at most 40, got 41"):
         leading_subspace(vectors, 41)
+
+
+def test_numbers_that_are_none_have_no_p_value() -> None:
+    rng = np.random.default_rng(0)
+    x, bad = rng.normal(size=(8, 5)), rng.normal(size=(8, 5))
+    bad[3, 2] = np.nan
+    asked = [lambda: decompose(x, x, bad, x), lambda: shared_directions(x, bad, 2), lambda: explained_share(bad[3], x, 2), lambda: leading_subspace(bad, 1)]
+    for ask, message in zip(asked, ["own_new must be finite; 1 of 8 rows are not, the first of them row 3", "y must be finite", "change must be finite",
+                                    "vectors must be finite"], strict=True):
+        with pytest.raises(ValueError, match=message):
+            ask()
+    with pytest.raises(ValueError, match="vectors are 0 throughout"):
+        explained_share(x[0], 0 * x, 2)
+    with pytest.raises(ValueError, match="permutations must be at least 1, got 0"):
+        explained_share(x[0], x, 2, permutations=0)
+    with pytest.raises(ValueError, match=r"x must be \[n, K\], got \(5,\)"):
+        shared_directions(x[0], x, 2)
+    one = np.zeros((4, 5))
+    one[0, 0] = 1.0  # many resamples hold nothing but 0
+    assert explained_share(np.array([3.0, 4.0, 0, 0, 0]), one, 1, resamples=50, permutations=9).share.value == pytest.approx(0.36)
+
+
+def test_gradients_and_drift_are_cut_to_what_both_have() -> None:
+    model, sketch, batch = zoo.make(zoo.Frozen), Sketch(3, 3), zoo.batch()
+    reference = drift.Reference.snapshot(model)
+    gradients = sketch.gradients(model, batch, forward=zoo.forward)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn_like(p))
+    change = sketch.change(model, reference)
+    one, other = gradients.common(change)
+    assert list(one.columns.items()) == list(other.columns.items()) and one.values.shape[1] == other.values.shape[1]
+    for name in one.columns:
+        np.testing.assert_array_equal(one.of(module=name), gradients.of(module=name))
+        np.testing.assert_array_equal(other.of(module=name), change.of(module=name))
+    cut = drift.Sketches(change.values[:, change.columns["head.weight"]], {"head.weight": slice(0, 9)})
+    assert list(cut.common(gradients)[1].columns) == ["head.weight"]
+    with pytest.raises(ValueError, match="change has 9 numbers .*same parameters"):
+        explained_share(cut.values, gradients.values, 1)
+    with pytest.raises(ValueError, match="head.weight has 9 columns here and 4 there: they are by different Sketches"):
+        cut.common(Sketch(2, 2).change(model, reference))
+    with pytest.raises(ValueError, match="no parameter in common"):
+        cut.common(drift.Sketches(cut.values, {"else": slice(0, 9)}))

@@ -145,6 +145,13 @@ def test_odd_texts_have_finite_features(text: str) -> None:
         assert set(found.values()) == {0.0}
 
 
+@pytest.mark.parametrize("piece", ["[a](", "**a", "`", "[", "(", ".", '."', "!?", "1,", "a'", "a_", "- ", "http://", " ", "\n", "Mr. ", "\u200b"])
+def test_time_is_linear_in_the_length_of_any_text(piece: str) -> None:
+    began = time.perf_counter()
+    style_features(piece * (400_000 // len(piece)))
+    assert time.perf_counter() - began < 5, "with a quadratic pattern it is minutes"
+
+
 def test_the_matrix_has_a_row_a_text_and_a_column_a_feature() -> None:
     assert style_matrix([]).shape == (0, len(STYLE_FEATURES))
     assert style_matrix(["One.", "2!"]).tolist() == [list(style_features(t).values()) for t in ("One.", "2!")]
