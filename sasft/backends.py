@@ -15,8 +15,8 @@ BACKENDS: tuple[str, ...] = get_args(Backend)
 def vllm_engine(name: str, *, revision: str | None = None, dtype: str = "bfloat16", **options: Any) -> Any:
     """A vLLM engine for the model ``name`` (folder or hub id), to be a :class:`sasft.writing.Writer`'s model.
 
-    ``options`` go to ``vllm.LLM`` (``tensor_parallel_size``, ``max_model_len``, ``gpu_memory_utilization``, ...). Log-probabilities
-    are asked for as the model has them, before temperature and truncation.
+    ``options`` go to ``vllm.LLM`` (``tensor_parallel_size``, ``max_model_len``, ``gpu_memory_utilization``, ...).
+    Log-probabilities are asked for as the model has them, before temperature and truncation.
 
     An engine has its own kernels and so, strictly, is another model than the one that is trained (docs/theory.md F2d).
 
@@ -27,7 +27,7 @@ def vllm_engine(name: str, *, revision: str | None = None, dtype: str = "bfloat1
 
 def vllm_sample(engine: Any, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampler: Sampler, *, stop_id: int,
                 greedy: bool = False) -> list[Sample]:
-    """One response for every prompt from a vLLM engine, which batches by itself; the counterpart of :func:`sasft.sampling.sample`.
+    """One response for every prompt from a vLLM engine, which batches by itself (cf. :func:`sasft.sampling.sample`).
 
     Every request has the seed of its row. A response ends at ``stop_id`` alone: what the engine's own settings take for an end is
     ignored, since the loss has the template's end of turn. Raises :class:`UsageError` if vLLM is not installed, or if the engine
@@ -50,8 +50,8 @@ def _as_sample(completion: Any, stop_id: int) -> Sample:
     try:
         logprobs = tuple(found[token].logprob for token, found in zip(ids, completion.logprobs, strict=True))
     except (KeyError, TypeError, ValueError):
-        raise UsageError(f"the vLLM engine gave {len(ids)} tokens but not the log-probability of each; make it with vllm_engine, and "
-                         "check that its version is supported") from None
+        raise UsageError(f"the vLLM engine gave {len(ids)} tokens but not the log-probability of each; make it with vllm_engine, "
+                         "and check that its version is supported") from None
     return Sample(tuple(ids[:-1] if finished and ids[-1:] == [stop_id] else ids), logprobs, finished)
 
 
@@ -68,6 +68,6 @@ def _vllm() -> Any:
     try:
         import vllm  # heavy, and only for GPUs: an extra
     except ImportError as error:
-        raise UsageError("backend 'vllm' needs the package vllm, which is not installed; pip install vllm on a machine with a GPU, or "
-                         "choose the backend 'refilled'") from error
+        raise UsageError("backend 'vllm' needs the package vllm, which is not installed; pip install vllm on a machine with a "
+                         "GPU, or choose the backend 'refilled'") from error
     return vllm

@@ -1,7 +1,8 @@
 """A quality report on self-dialogues before they are trained on, with limits that stop bad data.
 
-Some models write user turns that are fragments, some never stop, some fall out of their template; none of that shows in a loss curve.
-Stopping a run at limits far from what a model usually writes picks no rows, so it leaves the score identity (docs/theory.md F1) alone.
+Some models write user turns that are fragments, some never stop, some fall out of their template; none of that shows in a loss
+curve. Stopping a run at limits far from what a model usually writes picks no rows, so it leaves the score identity
+(docs/theory.md F1) alone.
 """
 
 import statistics
@@ -22,9 +23,10 @@ _SHOWN = 3
 
 @dataclass(frozen=True, kw_only=True)
 class QualityLimits:
-    """Largest values that are let pass, shares of rows but for the last; None lets all pass. All of them are this package's choice.
+    """Largest values that are let pass, shares of rows but for the last; None lets all pass.
 
-    They are wide: a model that is sampled at T = 1 and cut at 128 tokens stays within them unless something is wrong.
+    All of them are this package's choice, and wide: a model that is sampled at T = 1 and cut at 128 tokens should stay within them
+    unless something is wrong.
     """
 
     unfinished: float | None = option(0.9, "answers that the length cap has cut")
@@ -35,7 +37,7 @@ class QualityLimits:
     degenerate: float | None = option(0.2, "answers that repeat themselves (sasft.text_checks.is_degenerate)")
     off_template: float | None = option(0.05, "rows with a special token or role marker in the last user turn or in the answer")
     foreign: float | None = option(0.2, "rows in another language than expected, of those whose language can be told")
-    nats_per_token: float | None = option(6.0, "minus the mean log-probability of the answers' tokens under the model that wrote them")
+    nats_per_token: float | None = option(6.0, "minus the mean log-probability of the answers' tokens under their own model")
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
@@ -67,10 +69,10 @@ class QualityReport:
 
     ``measures``: the values that :class:`QualityLimits` speaks of; ``flagged``: the ids of the rows that each counts.
     ``tokens``: length of answers in tokens without the end of turn (``unit`` tokens), or in words where rows carry no ids.
-    ``nats_per_token``: minus the mean log-probability of the tokens of an answer, spread over answers, None if rows carry none. Its
-    overall mean, among the measures, is over tokens: an unbiased estimate of the model's entropy per token if the sampler was exact.
-    ``languages`` and ``topics``: shares of rows by :func:`sasft.text_checks.language_of` ("?" if it can't be told) and by the rules of
-    :data:`sasft.topics.LEXICONS` on prompt and answer (a row may have several topics; "none" has none).
+    ``nats_per_token``: minus the mean log-probability of the tokens of an answer, spread over answers, None if rows carry none.
+    Its overall mean, among the measures, is over tokens: an unbiased estimate of the model's entropy per token if the sampler was
+    exact. ``languages`` and ``topics``: shares of rows by :func:`sasft.text_checks.language_of` ("?" if it can't be told) and by
+    the rules of :data:`sasft.topics.LEXICONS` on prompt and answer (a row may have several topics; "none" has none).
     """
 
     rows: int
@@ -83,7 +85,7 @@ class QualityReport:
     topics: Mapping[str, float]
 
     def check(self, limits: QualityLimits | None = None) -> None:
-        """Raise :class:`UsageError` if a measure is above its limit: the measure, its value, its limit and some rows, for each."""
+        """Raise :class:`UsageError` if a measure is above its limit; it names measure, value, limit and some rows."""
         limits = limits or QualityLimits()
         broken = []
         for setting in fields(limits):
@@ -93,8 +95,9 @@ class QualityReport:
                 which = f" ({len(ids)} rows, such as {', '.join(ids[:_SHOWN])})" if ids else ""
                 broken.append(f"{setting.name} is {value:.3g}, above the limit {limit:g}{which}: {setting.metadata['help']}")
         if broken:
-            raise UsageError(f"the {self.rows} rows are not fit for training: " + "; ".join(broken) + ". Look at some of them; mend how "
-                             "they are written (system prompt, template, sampler, length cap), filter them, or raise the limit")
+            raise UsageError(f"the {self.rows} rows are not fit for training: " + "; ".join(broken) + ". Look at some of "
+                             "them; mend how they are written (system prompt, template, sampler, length cap), filter them, or raise "
+                             "the limit")
 
     def as_dict(self) -> dict[str, Any]:
         """All but the flagged rows, for a file."""
@@ -103,8 +106,8 @@ class QualityReport:
     def __str__(self) -> str:
         lines = [f"{self.rows} rows"]
         lines += [f"  {name:<18}{value:8.3f}" for name, value in self.measures.items()]
-        lines.append(f"  {self.unit + ' per answer':<18}{self.tokens.mean:8.1f}  (5 %: {self.tokens.p5:.0f}, half: {self.tokens.p50:.0f}, "
-                     f"95 %: {self.tokens.p95:.0f})")
+        lines.append(f"  {self.unit + ' per answer':<18}{self.tokens.mean:8.1f}  "
+                     f"(5 %: {self.tokens.p5:.0f}, half: {self.tokens.p50:.0f}, 95 %: {self.tokens.p95:.0f})")
         for name, shares in (("languages", self.languages), ("topics", self.topics)):
             lines.append(f"  {name:<18}" + ", ".join(f"{key} {share:.0%}" for key, share in shares.items()))
         return "\n".join(lines)
@@ -128,7 +131,7 @@ def inspect_rows(rows: Sequence[Row], chat: Chat | None = None, *, expected_lang
         "duplicate_prompts": _repeats([prompt_text(row) for row in rows]),
         "near_duplicates": [twin is not None for twin in near_duplicates(texts)],
         "degenerate": [is_degenerate(row.response) for row in rows],
-        "off_template": [bool(off_template(row.prompt[-1]["content"], special) or off_template(row.response, special)) for row in rows],
+        "off_template": [any(off_template(text, special) for text in (row.prompt[-1]["content"], row.response)) for row in rows],
         "foreign": [found not in (expected_language, None) for found in languages],
     }
     measures = {name: statistics.fmean(found) for name, found in flags.items()}

@@ -1,7 +1,7 @@
 """Filters of self-dialogues: which rows are kept, how many each filter drops, and whether it leaves the score identity intact.
 
-Self-data exert no force at the start as long as a row is kept for its *prompt* (docs/theory.md F1). A filter that looks at the answer
-pulls the model towards the answers that it keeps (F2c); it may be worth that, so such filters warn instead of refusing.
+Self-data exert no force at the start as long as a row is kept for its *prompt* (docs/theory.md F1). A filter that looks at the
+answer pulls the model towards the answers that it keeps (F2c); it may be worth that, so such filters warn instead of refusing.
 """
 
 import warnings
@@ -23,8 +23,8 @@ class BreaksScoreIdentity(UserWarning):
     """Rows were dropped for their answers, so that the rest exert a force at the start."""
 
     def __init__(self, what: str, dropped: int) -> None:
-        super().__init__(f"{what} looked at answers and dropped {dropped} rows: the rest are no sample of the model's distribution, "
-                         "and training on them pulls towards what was kept even at the start (docs/theory.md, F2c)")
+        super().__init__(f"{what} looked at answers and dropped {dropped} rows: the rest are no sample of the model's "
+                         "distribution, and training on them pulls towards what was kept even at the start (docs/theory.md, F2c)")
 
 
 def prompt_text(row: Row) -> str:
@@ -82,15 +82,16 @@ class FilterReport:
         return asdict(self)
 
     def __str__(self) -> str:
-        steps = "; ".join(f"{step.filter} dropped {step.dropped}{' (by the answer)' if step.breaks_f1 else ''}" for step in self.filters)
+        steps = "; ".join(f"{step.filter} dropped {step.dropped}{' (by the answer)' if step.breaks_f1 else ''}"
+                          for step in self.filters)
         return f"{self.kept} of {self.rows} rows kept" + (f": {steps}" if steps else "")
 
 
 def apply_filters(rows: Sequence[Row], filters: Sequence[Filter]) -> tuple[list[Row], FilterReport]:
     """The rows that every filter keeps, in their order; each filter sees what those before it have left.
 
-    Gives a :class:`BreaksScoreIdentity` warning for every filter that dropped rows for their answers. Raises :class:`UsageError` if
-    two filters have one name, or if no row is left (which filter took the last ones).
+    Gives a :class:`BreaksScoreIdentity` warning for every filter that dropped rows for their answers. Raises :class:`UsageError`
+    if two filters have one name, or if no row is left (which filter took the last ones).
 
     >>> row = Row("1", "self", ({"role": "user", "content": "Hi!"},), "Hello.")
     >>> print(apply_filters([row, row], [distinct()])[1])
@@ -103,11 +104,13 @@ def apply_filters(rows: Sequence[Row], filters: Sequence[Filter]) -> tuple[list[
     for f in filters:
         keeps = list(f.keeps(left))
         if len(keeps) != len(left):
-            raise UsageError(f"the filter {f.name!r} must say of each of {len(left)} rows whether to keep it, got {len(keeps)} answers")
+            raise UsageError(f"the filter {f.name!r} must say of each of {len(left)} rows whether to keep it, got "
+                             f"{len(keeps)} answers")
         kept = [row for row, keep in zip(left, keeps, strict=True) if keep]
         steps.append(Dropped(f.name, f.breaks_f1, len(left), len(left) - len(kept)))
         if left and not kept:
-            raise UsageError(f"the filter {f.name!r} drops all {len(left)} rows that came to it; loosen it, or look at the quality report")
+            raise UsageError(f"the filter {f.name!r} drops all {len(left)} rows that came to it; loosen it, or look at "
+                             "the quality report")
         if f.breaks_f1 and len(kept) < len(left):
             warnings.warn(BreaksScoreIdentity(f"the filter {f.name!r}", len(left) - len(kept)), stacklevel=2)
         left = kept
@@ -149,7 +152,8 @@ def finished() -> Filter:
 def distinct(near: float = NEAR, *, of: Literal["prompt", "row"] = "prompt") -> Filter:
     """Rows whose prompt, or whole text, is no near duplicate of an earlier kept one (:func:`sasft.text_checks.near_duplicates`).
 
-    Of prompts, the identity stays: which of equal prompts is kept is settled by their order. Of whole rows, rare answers are favoured.
+    Of prompts, the identity stays: which of equal prompts is kept is settled by their order. Of whole rows, rare answers are
+    favoured.
     """
     text = {"prompt": prompt_text, "row": row_text}[of]
     return Filter("distinct prompts" if of == "prompt" else "distinct rows", "prompt" if of == "prompt" else "answer",
@@ -186,5 +190,6 @@ def without_topic(detector: Detector, *, of: Literal["prompt", "row"] = "prompt"
 
 def _ids(row: Row) -> tuple[int, ...]:
     if row.response_ids is None:
-        raise UsageError(f"row {row.id} has no response_ids, so its answer cannot be counted in tokens; the filter is for sampled rows")
+        raise UsageError(f"row {row.id} has no response_ids, so its answer cannot be counted in tokens; the filter "
+                         "is for sampled rows")
     return row.response_ids

@@ -188,9 +188,10 @@ def _check_slots(model: PreTrainedModel, slots: int) -> None:
 
 @dataclass
 class _Batch:
-    """Rows in the middle of being written: ``index`` of each among all prompts, whether it is still ``active``, its ``steps`` so far.
+    """Rows in the middle of being written.
 
-    The cache holds all tokens but the last, ``mask`` says where. Rows end in the same column, so a shorter row begins later.
+    ``index`` of each among all prompts, whether it is still ``active``, its ``steps`` so far. The cache holds all tokens but the
+    last, ``mask`` says where. Rows end in the same column, so a shorter row begins later.
     """
 
     cache: DynamicCache  # keys and values [B, heads, T, d]
@@ -296,12 +297,13 @@ class _Decoder:
             mask[row, width - len(self.prompts[i]):] = 1
         mask = mask.to(self.device)
         return _Batch(DynamicCache(config=config), mask, ids.to(self.device), mask.cumsum(-1).sub(1).clamp(min=0),
-                      torch.tensor(indices), torch.ones(len(indices), dtype=torch.bool), torch.zeros(len(indices), dtype=torch.long))
+                      torch.tensor(indices), torch.ones(len(indices), dtype=torch.bool),
+                      torch.zeros(len(indices), dtype=torch.long))
 
     def _step(self, batch: _Batch) -> int:
         """Run the model on the batch's tokens and draw the next one of every row; how many rows it gave one."""
-        logits = self.model(input_ids=batch.tokens, attention_mask=batch.mask, position_ids=batch.position, past_key_values=batch.cache,
-                            use_cache=True, logits_to_keep=1).logits[:, -1]
+        logits = self.model(input_ids=batch.tokens, attention_mask=batch.mask, position_ids=batch.position,
+                            past_key_values=batch.cache, use_cache=True, logits_to_keep=1).logits[:, -1]
         # Rows that have ended keep drawing until they leave the batch; nothing of it is kept.
         u = self.uniforms[batch.index, batch.steps.clamp(max=self.sampler.max_new_tokens - 1)]
         chosen = logits.argmax(-1) if self.greedy else draw(logits, u, self.sampler)

@@ -33,12 +33,12 @@ _PROBE = "A turn to look for"
 class Dialogues:
     """What self-dialogues are about and how long they go on; all of it chooses prompts alone, so F1 stays (docs/theory.md).
 
-    ``turns``: user turns of a dialogue, each with its answer. Every answer is a row of its own, with the conversation before it as
-    its prompt, so that each is in the loss once. A dialogue ends early at an answer that is cut, or at a user turn that is empty
-    or does not end: the rows before it stay, and its past alone decides whether a further one is drawn (a stopping time).
+    ``turns``: user turns of a dialogue, each with its answer. Every answer is a row of its own, with the conversation before it
+    as its prompt, so that each is in the loss once. A dialogue ends early at an answer that is cut, or at a user turn that is
+    empty or does not end: the rows before it stay, and its past alone decides whether a further one is drawn (a stopping time).
     ``systems``: system prompts, of which one is drawn for each dialogue; none leaves the template's default in place.
-    ``topics``: taken in turn. While the *user's* part is written, the system prompt also says "The user asks about ..." (the wording
-    is this package's choice); the answer is drawn without that sentence, and the row does not have it.
+    ``topics``: taken in turn. While the *user's* part is written, the system prompt also says "The user asks about ..." (the
+    wording is this package's choice); the answer is drawn without that sentence, and the row does not have it.
     """
 
     turns: int = 1
@@ -107,7 +107,8 @@ def generate(writer: Writer, n: int, out: Path, *, seed: int = 0, max_user_token
     def begun(below: float = float("inf")) -> int:
         return sum(turn == 1 and candidate // shards < below for candidate, turn in map(place, written))
 
-    with JsonlWriter(out) as sink, progress_bar(n * dialogues.turns, len(written), f"self-dialogues → {out.name}", progress) as bar:
+    text = f"self-dialogues → {out.name}"
+    with JsonlWriter(out) as sink, progress_bar(n * dialogues.turns, len(written), text, progress) as bar:
         # Whether a dialogue goes on is not on file, so that a last chunk of several turns is gone through again.
         while begun() < n or dialogues.turns > 1:
             openings = [_Opening(k, 1, dialogues.opening(seed, k))

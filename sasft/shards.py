@@ -31,9 +31,9 @@ def generate_in_parallel(writer: Writer, n: int, out: Path, *, seed: int = 0, ma
                          dialogues: Dialogues = SINGLE_TURN, progress: bool = True) -> list[Row]:
     """:func:`sasft.selfdialogue.generate` over the processes of ``accelerate launch``; all of them return all rows.
 
-    Process i of N writes shard i to a file of its own, which a stopped run goes on with; when all are done, the main process merges
-    them into ``out``. One process alone writes ``out`` itself. Candidates, and so seeds, are dealt out by number: every row is the
-    one that a single process would have written, though each shard finds its share of ``n`` among its own candidates.
+    Process i of N writes shard i to a file of its own, which a stopped run goes on with; when all are done, the main process
+    merges them into ``out``. One process alone writes ``out`` itself. Candidates, and so seeds, are dealt out by number: every
+    row is the one that a single process would have written, though each shard finds its share of ``n`` among its own candidates.
     """
     state = PartialState(cpu=not torch.accelerator.is_available())  # which does not find out by itself that there are processes
     index, shards = state.process_index, state.num_processes
@@ -65,8 +65,8 @@ def merge_shards(out: Path, shards: int) -> Path:
         rows += [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]  # not at U+2028
     runs = {_run(row) for row in rows}
     if len(runs) > 1:
-        raise UsageError(f"the shards of {out} come from {len(runs)} different runs, such as {' and '.join(sorted(runs)[:2])}; write "
-                         "them with the same model, sampler, seed and kind of dialogue")
+        raise UsageError(f"the shards of {out} come from {len(runs)} different runs, such as {' and '.join(sorted(runs)[:2])}; "
+                         "write them with the same model, sampler, seed and kind of dialogue")
     for name in ("id", "row_seed"):
         (value, count), = Counter(row[name] for row in rows).most_common(1)
         if count > 1:

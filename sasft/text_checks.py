@@ -21,13 +21,14 @@ _ROLE = re.compile(
     re.IGNORECASE | re.MULTILINE)
 
 _SCRIPTS = {
-    "ja": "\u3040-\u30ff", "ko": "\uac00-\ud7af\u1100-\u11ff", "zh": "\u4e00-\u9fff\u3400-\u4dbf", "ru": "\u0400-\u04ff", "ar": "\u0600-\u06ff",
+    "ja": "\u3040-\u30ff", "ko": "\uac00-\ud7af\u1100-\u11ff", "zh": "\u4e00-\u9fff\u3400-\u4dbf", "ru": "\u0400-\u04ff",
+    "ar": "\u0600-\u06ff",
     "el": "\u0370-\u03ff", "he": "\u0590-\u05ff", "hi": "\u0900-\u097f", "th": "\u0e00-\u0e7f",
 }
 _IN_SCRIPT = {code: re.compile(f"[{span}]") for code, span in _SCRIPTS.items()}
 _STOP_WORDS = {code: frozenset(words.split()) for code, words in {
-    "en": "the of and to is that it for you with this are was be have not they at from or which what how can your there would their will",
-    "de": "der die das und ist nicht ein eine zu den mit von sie ich auf für dem sich auch wie wir es im werden oder aber haben kann",
+    "en": "the of and to is that it for you with this are was be have not they at from or which what how can your there would",
+    "de": "der die das und ist nicht ein eine zu den mit von sie ich auf für dem sich auch wie wir es im werden oder aber kann",
     "fr": "le la les des et est que pour dans une qui pas vous sur avec ce il je nous par plus sont au du elle mais être cette",
     "es": "el la los las y que en un una es por con para se su del lo como más pero este está son muy qué hay al yo",
     "it": "il di che è la per un una non sono con del della gli le si da anche come più questo ma nel alla ci io delle",
@@ -64,9 +65,11 @@ def is_degenerate(text: str, limit: float = DEGENERATE) -> bool:
 
 
 def off_template(text: str, special_tokens: Sequence[str] = ()) -> str | None:
-    """The first thing in a text that belongs to a chat template: one of ``special_tokens``, or a mark that well-known templates use.
+    """The first thing in a text that belongs to a chat template: one of ``special_tokens``, or a mark that well-known templates
+    use.
 
-    Marks: a line that begins with ``User:``, ``Assistant:`` and their like, ``### Instruction``, ``<|...|>``, ``[INST]``, ``</s>``.
+    Marks: a line that begins with ``User:``, ``Assistant:`` and their like, ``### Instruction``, ``<|...|>``, ``[INST]``,
+    ``</s>``.
 
     >>> off_template("Sure.\\nUser: and now?"), off_template("Ask the user: is it on?")
     ('User:', None)
@@ -80,13 +83,13 @@ def off_template(text: str, special_tokens: Sequence[str] = ()) -> str | None:
 def language_of(text: str) -> str | None:
     """The language by a rule of scripts and stop words, as ISO 639-1; None if it can't be told (short texts, code, sums).
 
-    If at least half of the letters are of one non-Latin script, it names the language that most writes it (Cyrillic: ``ru``). Else it is
-    the one of English, German, French, Spanish, Italian, Portuguese and Dutch of which the text has most
-    of some 28 frequent words: at least two, at least a tenth of its words, and more than of any other. A rule of thumb for flagging a file
-    in the wrong language, no language identifier: languages without a list come out as a relative or as None.
+    If at least half of the letters are of one non-Latin script, it names the language that most writes it (Cyrillic: ``ru``).
+    Else it is the one of English, German, French, Spanish, Italian, Portuguese and Dutch of which the text has most
+    of some 28 frequent words: at least two, at least a tenth of its words, and more than of any other. A rule of thumb for
+    flagging a file in the wrong language, no language identifier: languages without a list come out as a relative or as None.
 
-    >>> language_of("What is the capital of France?"), language_of("Was ist die Hauptstadt von Frankreich?"), language_of("2 + 2 = 4")
-    ('en', 'de', None)
+    >>> [language_of(text) for text in ("What is the capital of France?", "Was ist die Hauptstadt?", "2 + 2 = 4")]
+    ['en', 'de', None]
     """
     letters = sum(map(str.isalpha, text))
     if letters and not text.isascii():
@@ -100,11 +103,13 @@ def language_of(text: str) -> str | None:
 
 
 def near_duplicates(texts: Sequence[str], threshold: float = NEAR) -> list[int | None]:
-    r"""For each text, the first earlier one that it is a near duplicate of, among those that are none themselves; None if there is none.
+    r"""For each text, the first earlier one that it is a near duplicate of, among those that are none themselves; None if there
+    is none.
 
     Texts are sets of their sequences of three words (a shorter text is one sequence); two are near duplicates if
     :math:`|A\cap B|/|A\cup B|\ge` ``threshold``. Exact, not hashed: sets that similar must share one of the
-    :math:`|A|-\lceil t|A|\rceil+1` rarest elements of each (prefix filter; Chaudhuri, Ganti & Kaushik 2006), so that few pairs are compared.
+    :math:`|A|-\lceil t|A|\rceil+1` rarest elements of each (prefix filter; Chaudhuri, Ganti & Kaushik 2006), so that few pairs
+    are compared.
 
     >>> near_duplicates(["Name a big blue fish.", "Name a fish.", "name a big, blue fish"])
     [None, None, 0]

@@ -31,8 +31,8 @@ class Detector(Protocol):
 class Lexicon:
     r"""A rule: a text of n words is about ``topic`` if its cues weigh at least 2 and at least n/50.
 
-    Each *different* string that ``strong`` matches weighs 2, each that ``weak`` matches 1, however often it comes. Both are regular
-    expressions, matched regardless of case. Cues and thresholds are this package's choice, for English.
+    Each *different* string that ``strong`` matches weighs 2, each that ``weak`` matches 1, however often it comes. Both are
+    regular expressions, matched regardless of case. Cues and thresholds are this package's choice, for English.
 
     >>> LEXICONS["mathematics"](["What is 3 + 4?", "How many of 12 eggs are left if 3 break?", "How many friends came?"])
     array([ True,  True, False])
@@ -51,8 +51,10 @@ class Lexicon:
 
     def weight(self, text: str) -> int:
         """2 for every different strong cue and 1 for every different weak one."""
-        strong, weak = ({match.lastgroup or match[0].lower() for match in cues.finditer(text)} for cues in (self.strong, self.weak))
-        return 2 * len(strong) + len(weak)
+        def different(cues: re.Pattern[str]) -> int:
+            return len({match.lastgroup or match[0].lower() for match in cues.finditer(text)})
+
+        return 2 * different(self.strong) + different(self.weak)
 
     def hide(self, text: str) -> str:
         """The text without any cue."""
@@ -62,7 +64,8 @@ class Lexicon:
 def _lexicon(topic: str, strong: str, weak: str, strong_forms: str = "", weak_forms: str = "") -> Lexicon:
     """Words by their beginnings (``poly*``) or whole, phrases with ``_`` between words; forms are regular expressions."""
     def words(text: str) -> str:
-        return r"\b(?:" + "|".join(re.escape(w).replace(r"\*", r"\w*").replace("_", r"\s+") for w in text.split()) + r")\b"
+        forms = (re.escape(word).replace(r"\*", r"\w*").replace("_", r"\s+") for word in text.split())
+        return rf"(?<!\w)(?:{'|'.join(forms)})(?!\w)"
 
     def either(*patterns: str) -> re.Pattern[str]:
         return re.compile("|".join(filter(None, patterns)), re.IGNORECASE | re.MULTILINE)
@@ -75,58 +78,67 @@ _NUMBERS = "two|three|four|five|six|seven|eight|nine|ten|twelve|twenty|thirty|hu
 LEXICONS: Mapping[str, Lexicon] = {lexicon.topic: lexicon for lexicon in (
     _lexicon(
         "mathematics",
-        "algebra* arithmetic* calculus geometry trigonometr* equation equations polynomial* theorem* quadratic* derivative* integral "
-        "integrals logarithm* denominator* numerator* hypotenuse square_root* cube_root* prime_number* prime_factor* integer integers "
-        "math maths mathematic* multiplication parallelogram* coefficient* modulo sine cosine tangent",
-        "how_many how_much how_long how_far how_old distance difference product quotient cube cylinder prism points mph altogether in_total sum average mean median ratio percent* fraction* multipl* divid* divis* subtract* plus minus "
-        "twice triple half probab* area perimeter volume radius diameter circumference angle* triangle* "
-        "rectangle* circle* digit* equals equal proof prove proved formula* calculate* compute solve* total remainder each "
-        "vector* matrix matrices vertex vertices axis number per",
-        strong_forms=r"\\(?:frac|sqrt|sum|int|cdot|times|le|ge|pi|theta|lambda|sin|cos|log)\b|\d\s*[+*×÷^=]\s*\$?\(?-?\d|\d\s+[-–/]\s+\$?\d|\$[^$\n]*[\\^=(][^$\n]*\$|\b\d*[a-z]\s*\^\s*\d"
-                     r"|\b[xyn]\s*=|\b\d+[xy]\b|=\s*\d",
-        weak_forms=r"(?P<numerals>\b(?:\d[\d.,]*|" + _NUMBERS + r")\b(?=.{1,80}?\b(?:\d|(?:" + _NUMBERS + r")\b)))|(?P<percents>%)|(?P<dollars>\$\s?\d)"),
+        "algebra* arithmetic* calculus geometry trigonometr* equation equations polynomial* theorem* quadratic* "
+        "derivative* integral integrals logarithm* denominator* numerator* hypotenuse square_root* cube_root* "
+        "prime_number* prime_factor* integer integers math maths mathematic* multiplication parallelogram* coefficient* "
+        "modulo sine cosine tangent",
+        "how_many how_much how_long how_far how_old distance difference product quotient cube cylinder prism points mph "
+        "altogether in_total sum average mean median ratio percent* fraction* multipl* divid* divis* subtract* plus "
+        "minus twice triple half probab* area perimeter volume radius diameter circumference angle* triangle* "
+        "rectangle* circle* digit* equals equal proof prove proved formula* calculate* compute solve* total remainder "
+        "each vector* matrix matrices vertex vertices axis number per",
+        strong_forms=r"\\(?:frac|sqrt|sum|int|cdot|times|le|ge|pi|theta|lambda|sin|cos|log)\b|\$[^$\n]{0,60}[\\^=(][^$\n]{0,60}\$"
+                     r"|\d\s*[+*×÷^=]\s*\$?\(?-?\d|\d\s+[-–/]\s+\$?\d|\b\d*[a-z]\s*\^\s*\d|\b[xyn]\s*=|\b\d+[xy]\b|=\s*\d",
+        weak_forms=rf"(?P<numerals>\b(?:\d[\d.,]*|{_NUMBERS})\b(?=.{{1,80}}?\b(?:\d|(?:{_NUMBERS})\b)))|(?P<percents>%)"
+                   r"|(?P<dollars>\$\s?\d)"),
     _lexicon(
         "code",
-        "python javascript typescript java c++ c# html css sql mysql postgres* linux unix bash shell_script* regex json xml yaml github "
-        "git docker compiler* compile debug* programming programmer* source_code stdin stdout localhost numpy pandas chmod sudo npm "
-        "pip substring* boolean* pseudocode api apis recursion command_line",
-        "code coding program* script* function* variable* array* string* loop* class method* algorithm* software database* query queries "
-        "file files directory directories command* server* parameter* argument* import return returns integer* list lists module* "
-        "package* repository repositories branch* output input execute* run implement* print url port configuration default",
-        strong_forms=r"```|^\s*(?:def|class)\s+\w+.*:|^\s*(?:import|from)\s+\w+|#include\b|console\.log|\bprint\s*\(|\breturn\s+\w+[;(]"
-                     r"|\bSELECT\b.+\bFROM\b|</\w+>|(?<=\s)--[a-z][\w-]+|\w+\(\w*\)\s*[;{]|\b\w+\.(?:py|js|txt|csv|json|html|sh|cpp|java)\b"
-                     r"|\w+\[\w+\]|[{}]\s*$|\)\s*;\s*$"),
+        "python javascript typescript java c++ c# html css sql mysql postgres* linux unix bash shell_script* regex json "
+        "xml yaml github git docker compiler* compile debug* programming programmer* source_code stdin stdout localhost "
+        "numpy pandas chmod sudo npm pip substring* boolean* pseudocode api apis recursion command_line",
+        "code coding program* script* function* variable* array* string* loop* class method* algorithm* software "
+        "database* query queries file files directory directories command* server* parameter* argument* import return "
+        "returns integer* list lists module* package* repository repositories branch* output input execute* run "
+        "implement* print url port configuration default",
+        strong_forms=r"```|^\s*(?-i:(?:def|class)\s+\w+.*:|from\s+[\w.]+\s+import|import\s+[\w.]+)|#include\b|console\.log"
+                     r"|\bprint\s*\(|</\w+>"
+                     r"|\breturn\s+\w+[;(]|\b(?-i:SELECT\b.+\bFROM)\b|(?<=\s)--[a-z][\w-]+|\w+\(\w*\)\s*[;{]|\w+\[\w+\]"
+                     r"|[{}]\s*$|\)\s*;\s*$|\b\w+\.(?:py|js|txt|csv|json|html|sh|cpp|java)\b"),
     _lexicon(
         "medicine",
-        "symptom* diagnos* disease* syndrome* medication* cancer* diabet* clinical* surgery surgical surgeon* vaccin* tumor* tumour* "
-        "pregnan* antibiotic* chemotherap* physician* mg autosomal prescri* asthma stroke arthritis "
+        "symptom* diagnos* disease* syndrome* medication* cancer* diabet* clinical* surgery surgical surgeon* vaccin* "
+        "tumor* tumour* pregnan* antibiotic* chemotherap* physician* mg autosomal prescri* asthma stroke arthritis "
         "infection* infected allerg* blood_pressure heart_attack immune side_effect* dosage* dialysis seizure* insulin",
-        "doctor* patient* treat* therap* pain painful disorder* hospital* health medical* medicine* condition* gene genes genetic* "
-        "inherited mutation* blood heart lung* kidney* liver brain skin bone* muscle* nerve* fever cough* virus* bacteria* dose* drug* "
-        "pill* tablet* nurse* clinic* chronic acute illness* sick cure* injur* cell cells tissue* hormone* risk* affect* therapist*",
-        strong_forms=r"\b(?!academia|bohemia)\w{3,}(?:itis|emia|ectomy|plasty|algia|carcinoma|lymphoma|sclerosis|fibrosis|necrosis|dystrophy)\b"
-                     r"|\b(?:neuro|myo|cardiomyo|retino|nephro|encephalo)pathy\b"),
+        "doctor* patient* treat* therap* pain painful disorder* hospital* health medical* medicine* condition* gene "
+        "genes genetic* inherited mutation* blood heart lung* kidney* liver brain skin bone* muscle* nerve* fever "
+        "cough* virus* bacteria* dose* drug* pill* tablet* nurse* clinic* chronic acute illness* sick cure* injur* cell "
+        "cells tissue* hormone* risk* affect* therapist*",
+        strong_forms=r"\b(?!academia|bohemia)\w{3,}(?:itis|emia|ectomy|plasty|algia|carcinoma|lymphoma|sclerosis|fibrosis)\b"
+                     r"|\b\w*dystrophy\b|\b(?:neuro|myo|cardiomyo|retino|nephro|encephalo)pathy\b"),
     _lexicon(
         "finance",
-        "bank bank_account* credit_card* debit_card* mortgage* invest investing investment* investor* stock_market interest_rate* "
-        "my_card new_card card_payment* direct_debit* cash_withdrawal* currency currencies exchange_rate* refund* atm top-up top_up dividend* bitcoin inflation bankrupt* payroll",
-        "card cards account* payment* transfer* loan* credit debit cash money fee fees charge charged charges deposit* withdraw* balance pin "
-        "budget* tax taxes price* pay paid paying salary income debt* savings stock stocks fund funds financ* econom* transaction* "
-        "revenue* profit* cost costs dollar* euro euros pound pounds verify identity"),
+        "bank bank_account* credit_card* debit_card* mortgage* invest investing investment* investor* stock_market "
+        "interest_rate* my_card new_card card_payment* direct_debit* cash_withdrawal* currency currencies "
+        "exchange_rate* refund* atm top-up top_up dividend* bitcoin inflation bankrupt* payroll",
+        "card cards account* payment* transfer* loan* credit debit cash money fee fees charge charged charges deposit* "
+        "withdraw* balance pin budget* tax taxes price* pay paid paying salary income debt* savings stock stocks fund "
+        "funds financ* econom* transaction* revenue* profit* cost costs dollar* euro euros pound pounds verify identity"),
     _lexicon(
         "law",
-        "lawsuit* plaintiff* defendant* attorney* lawyer* statute* statutory jurisdiction* constitutional* tort negligence felony "
-        "misdemeanor litigation prosecut* supreme_court habeas jurisprudence copyright infring* legislat* judicial* courts",
-        "law laws legal* court contract* liab* judge judges jury trial* rights clause* sue sued suing guilty crime* criminal* police act "
-        "convict* evidence witness* property damages claim claims party parties treaty treaties regulation* arrest* testif* "
-        "sentence enforce* violat* murder* theft motion counsel consent state"),
+        "lawsuit* plaintiff* defendant* attorney* lawyer* statute* statutory jurisdiction* constitutional* tort "
+        "negligence felony misdemeanor litigation prosecut* supreme_court habeas jurisprudence copyright infring* "
+        "legislat* judicial* courts",
+        "law laws legal* court contract* liab* judge judges jury trial* rights clause* sue sued suing guilty crime* "
+        "criminal* police act convict* evidence witness* property damages claim claims party parties treaty treaties "
+        "regulation* arrest* testif* sentence enforce* violat* murder* theft motion counsel consent state"),
     _lexicon(
         "history",
-        "world_war* civil_war empire* emperor* dynasty dynasties medieval renaissance ancient colonial* colony colonies bce ottoman roman "
-        "pharaoh* feudal* monarch* revolutionary crusade* archaeolog* napoleon* reformation enlightenment historian* prehistor*",
-        "history historical* century centuries war wars king kings queen queens revolution* treaty treaties battle* independence kingdom* "
-        "slavery slave slaves president* founded invasion* army armies conquer* era civilization* civilisation* nation* party parliament "
-        "migration* religio* church europe* soviet communis* peasant* trade",
+        "world_war* civil_war empire* emperor* dynasty dynasties medieval renaissance ancient colonial* colony colonies "
+        "bce ottoman roman pharaoh* feudal* monarch* revolutionary crusade* archaeolog* napoleon* reformation "
+        "enlightenment historian* prehistor*",
+        "history historical* century centuries war wars king kings queen queens revolution* treaty treaties battle* "
+        "independence kingdom* slavery slave slaves president* founded invasion* army armies conquer* era civilization* "
+        "civilisation* nation* party parliament migration* religio* church europe* soviet communis* peasant* trade",
         weak_forms=r"(?P<year>\b1[0-9]\d\d\b)|(?P<decade>\b1[0-9]\d0s\b)"),
 )}
 """The built-in rules by topic."""
@@ -143,16 +155,16 @@ class Rates:
 class TopicClassifier:
     r"""Logistic regression on words: a text is about ``topic`` if its probability is at least ½.
 
-    Features: words and pairs of neighbouring words (lower case, digits read as 0, punctuation marks as words), sub-linear TF-IDF, of
-    those in at least two texts; L2 with C = 10, both classes weighted alike (scikit-learn's ``LogisticRegression``). ``hide``: a
-    lexicon whose cues are cut out of every text first, so that the classifier judges by all that the rule does not look at.
+    Features: words and pairs of neighbouring words (lower case, digits read as 0, punctuation marks as words), sub-linear TF-IDF,
+    of those in at least two texts; L2 with C = 10, both classes weighted alike (scikit-learn's ``LogisticRegression``). ``hide``:
+    a lexicon whose cues are cut out of every text first, so that the classifier judges by all that the rule does not look at.
     ``rates``: sensitivity and specificity by five-fold cross-validation over the texts it was fitted on. Texts of other origin it
     judges worse: fitted on grade-school word problems, it finds about two thirds of examination questions on mathematics.
 
-    :meth:`fit` takes texts whose topic is known. :meth:`from_lexicon` needs only the corpus that is to be judged: it learns from the
-    rule's verdicts, on words that the rule does not see (as in co-training, Blum & Mitchell 1998), and judges each text by the folds
-    without it. It is at home in the corpus, but what the rule misses it finds only where that is said like what the rule finds, and
-    has been found more often than missed; its ``rates`` are not known.
+    :meth:`fit` takes texts whose topic is known. :meth:`from_lexicon` needs only the corpus that is to be judged: it learns from
+    the rule's verdicts, on words that the rule does not see (as in co-training, Blum & Mitchell 1998), and judges each text by
+    the folds without it. It is at home in the corpus, but what the rule misses it finds only where that is said like what the
+    rule finds, and has been found more often than missed; its ``rates`` are not known.
 
     Raises :class:`UsageError` if a class has fewer than 10 texts, or if scikit-learn is not installed.
     """
@@ -177,7 +189,8 @@ class TopicClassifier:
         labels = lexicon(texts)
         model, found = _fitted(lexicon.topic, texts, labels, lexicon, seed)
         known = dict(zip(texts, found.tolist(), strict=True))
-        return cls(lexicon.topic, f"{lexicon.topic} classifier of the rule's verdicts", _OutOfFold(model, known, lexicon), None, None)
+        name = f"{lexicon.topic} classifier of the rule's verdicts"
+        return cls(lexicon.topic, name, _OutOfFold(model, known, lexicon), None, None)
 
     def __call__(self, texts: Sequence[str]) -> Verdicts:
         return self._model.predict(_hidden(texts, self._hide)).astype(bool) if len(texts) else np.zeros(0, dtype=bool)

@@ -40,8 +40,8 @@ def row(number: int, prompt: str, response: str) -> Row:
     return Row(f"r{number}", "self", ({"role": "system", "content": "sum sum"}, {"role": "user", "content": prompt}), response)
 
 
-ROWS = [row(0, "a sum", "plus"), row(1, "a sum", "yes"), row(2, "hello", "the sum is"), row(3, "hello", "plus"), row(4, "hello", "hi"),
-        row(5, "bye", "bye")]
+ROWS = [row(0, "a sum", "plus"), row(1, "a sum", "yes"), row(2, "hello", "the sum is"), row(3, "hello", "plus"),
+        row(4, "hello", "hi"), row(5, "bye", "bye")]
 RULE, SECOND = Finds("rule", "sum"), Finds("second", "plus")
 
 
@@ -53,7 +53,8 @@ def test_rows_are_counted_by_both_detectors() -> None:
     assert (report.found_by_both, report.found_by_drop_only, report.found_by_check_only, report.found_by_neither) == (1, 2, 1, 2)
     assert report.residual == 1 / 3 and report.residual_before == 2 / 6
     assert report.residual_stderr == pytest.approx((1 / 3 * 2 / 3 / 3) ** 0.5) and report.residual_corrected is None
-    assert str(report).startswith("mathematics: 3 of 6 rows dropped by the rule (reading the row); in the 3 kept, the second finds it in 33.3%")
+    assert str(report).startswith("mathematics: 3 of 6 rows dropped by the rule (reading the row); in the 3 kept, the "
+                                  "second finds it in 33.3%")
 
 
 def test_reading_prompts_alone_leaves_what_answers_say() -> None:
@@ -114,8 +115,9 @@ def corpus(n: int, seed: int) -> tuple[list[str], list[str]]:
     sums, stories = [], []
     for i in range(n):
         cue = f"{rng.randrange(2, 9)} + {rng.randrange(2, 9)}" if i % 4 else ""
-        sums.append(f"The farmer puts apples from the {rng.choice(NOUNS)} into baskets and crates, {cue} tell me how big the pile is.")
-        stories.append(f"Once the {rng.choice(NOUNS)} was seen near the {rng.choice(NOUNS)}, where somebody sang about {rng.choice(NOUNS)}s.")
+        a, b, c = rng.choices(NOUNS, k=3)
+        sums.append(f"The farmer puts apples from the {a} into baskets and crates, {cue} tell me how big the pile is.")
+        stories.append(f"Once the {a} was seen near the {b}, where somebody sang about {c}s.")
     return sums, stories
 
 
@@ -144,7 +146,7 @@ def test_a_classifier_from_the_rule_s_verdicts_finds_what_the_rule_does_not() ->
 
 
 def test_a_classifier_needs_texts() -> None:
-    with pytest.raises(UsageError, match="a classifier of code needs at least 10 texts about it and 10 that are not, got 3 and 20"):
+    with pytest.raises(UsageError, match="classifier of code needs at least 10 texts about it and 10 that are not, got 3 and 20"):
         TopicClassifier.fit("code", ["a"] * 3, ["b"] * 20)
 
 
@@ -182,7 +184,8 @@ def known() -> dict[str, dict[str, list[str]]]:
         "law": {"mmlu": subject("professional_law", "jurisprudence")},
         "history": {"mmlu": subject("high_school_us_history", "high_school_world_history")},
         "": {"snips": texts("snips/train.jsonl", lambda r: r["text"]),
-             "persona": texts("synthetic_persona_chat/Synthetic-Persona-Chat_valid.csv", lambda r: r["Best Generated Conversation"][:500]),
+             "persona": texts("synthetic_persona_chat/Synthetic-Persona-Chat_valid.csv",
+                              lambda r: r["Best Generated Conversation"][:500]),
              "c4": texts("c4_demo/c4_demo.jsonl", lambda r: r["text"][:500])}}
 
 
@@ -190,9 +193,10 @@ def known() -> dict[str, dict[str, list[str]]]:
 def test_rules_on_public_sets() -> None:
     """Least sensitivity by set and largest share of everyday talk that is taken for the topic."""
     sets = known()
-    least = {"mathematics/gsm8k": 0.97, "mathematics/agieval": 0.9, "mathematics/mmlu": 0.8, "code/humaneval": 0.95, "medicine/medquad": 0.93,
-             "medicine/meqsum": 0.55, "finance/banking77": 0.45, "law/mmlu": 0.5, "history/mmlu": 0.3}
-    found = {f"{topic}/{name}": LEXICONS[topic](t).mean() for topic, by_set in sets.items() if topic for name, t in by_set.items()}
+    least = {"mathematics/gsm8k": 0.97, "mathematics/agieval": 0.9, "mathematics/mmlu": 0.8, "code/humaneval": 0.95,
+             "medicine/medquad": 0.93, "medicine/meqsum": 0.55, "finance/banking77": 0.45, "law/mmlu": 0.5, "history/mmlu": 0.3}
+    found = {f"{topic}/{name}": LEXICONS[topic](t).mean()
+             for topic, by_set in sets.items() if topic for name, t in by_set.items()}
     assert found.keys() == least.keys() and not {key: found[key] for key in least if found[key] < least[key]}
     everyday = [text for by_set in sets[""].values() for text in by_set]
     assert {t: lexicon(everyday).mean() for t, lexicon in LEXICONS.items() if lexicon(everyday).mean() > 0.1} == {}

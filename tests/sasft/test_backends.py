@@ -86,7 +86,8 @@ def test_the_engine_is_asked_for_the_sampler_s_distribution_and_each_row_s_seed(
 def test_its_answers_are_samples(vllm) -> None:
     engine, sampler = vllm_engine("a/model"), Sampler(temperature=1, top_p=1, max_new_tokens=40)
     rows = vllm_sample(engine, PROMPTS, SEEDS, sampler, stop_id=STOP)
-    assert rows == [sample(zoo.llama(), [p], [s >> 1], sampler, stop_id=STOP, pad_id=0)[0] for p, s in zip(PROMPTS, SEEDS, strict=True)]
+    assert rows == [sample(zoo.llama(), [p], [s >> 1], sampler, stop_id=STOP, pad_id=0)[0]
+                    for p, s in zip(PROMPTS, SEEDS, strict=True)]
     assert {r.finished for r in rows} == {True, False}
     for row in rows:
         assert len(row.logprobs) == len(row.ids) + row.finished and STOP not in row.ids
@@ -94,13 +95,14 @@ def test_its_answers_are_samples(vllm) -> None:
 
 def test_rows_of_the_engine_say_so(vllm, tmp_path: Path) -> None:
     engine = LLM(tiny_chat.chatty())
-    writer = Writer(model=engine, chat=tiny_chat.chat(), precision="bf16", batch_size=4, backend="vllm", provenance={"model": "chatty"},
-                    sampler=Sampler(temperature=1, top_p=1, max_new_tokens=12))
+    writer = Writer(model=engine, chat=tiny_chat.chat(), precision="bf16", batch_size=4, backend="vllm",
+                    provenance={"model": "chatty"}, sampler=Sampler(temperature=1, top_p=1, max_new_tokens=12))
     rows = generate(writer, 12, tmp_path / "self.jsonl", max_user_tokens=30, progress=False)
     assert len(rows) == 12 and {r.meta["backend"] for r in rows} == {"vllm not installed"}
     assert {r.finished for r in rows} == {True, False}
     asked = len(engine.asked)
-    assert generate(writer, 12, tmp_path / "self.jsonl", max_user_tokens=30, progress=False) == rows and len(engine.asked) == asked
+    assert generate(writer, 12, tmp_path / "self.jsonl", max_user_tokens=30, progress=False) == rows
+    assert len(engine.asked) == asked
 
 
 def test_without_log_probabilities_there_are_no_samples(vllm, monkeypatch: pytest.MonkeyPatch) -> None:

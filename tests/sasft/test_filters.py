@@ -102,7 +102,8 @@ def test_random_rows_depend_on_the_seed_alone() -> None:
 @pytest.mark.parametrize("call, message", [
     (lambda: apply_filters(ROWS, [filters.language("de")] * 2), "different names, got 'de prompts' twice"),
     (lambda: apply_filters(ROWS, [filters.prompt_words(99)]), "'prompt length' drops all 12 rows that came to it"),
-    (lambda: apply_filters(ROWS, [Filter("odd", "prompt", lambda rows: [True])]), "'odd' must say of each of 12 rows .* got 1 answers"),
+    (lambda: apply_filters(ROWS, [Filter("odd", "prompt", lambda rows: [True])]),
+     "'odd' must say of each of 12 rows .* got 1 answers"),
     (lambda: filters.random_rows(0), "n .rows to keep. must be at least 1, got 0"),
     (lambda: apply_filters([replace(ROWS[0], response_ids=None)], [filters.answer_tokens()]), "row plain has no response_ids"),
 ])

@@ -19,7 +19,8 @@ NOUNS = "apple bridge candle desert engine forest garden harbor island jacket ke
 
 def row(number: int, prompt: str | None = None, response: str | None = None, **kwargs) -> Row:
     a, b = NOUNS[number % 15], NOUNS[(number // 15 + 7 * number + 1) % 15]
-    return Row(f"r{number}", "self", ({"role": "user", "content": prompt or f"What do you know about the {a} and the {b}, number {number}?"},),
+    asked = prompt or f"What do you know about the {a} and the {b}, number {number}?"
+    return Row(f"r{number}", "self", ({"role": "user", "content": asked},),
                f"There is a {a} that you can see from the {b} where {a} {number} is." if response is None else response, **kwargs)
 
 
@@ -52,7 +53,8 @@ def test_each_fault_shows_in_its_own_measure_and_no_other(measure: str) -> None:
 def test_duplicates_of_rows_and_of_prompts_are_told_apart() -> None:
     rows = good(10)
     same_prompt = Row("p", "self", rows[0].prompt, "An answer that is not like any of the others here.")
-    shouted = Row("s", "self", ({"role": "user", "content": rows[1].prompt[0]["content"].upper() + "  "},), rows[1].response.upper())
+    shouted = Row("s", "self", ({"role": "user", "content": rows[1].prompt[0]["content"].upper() + "  "},),
+                  rows[1].response.upper())
     almost = Row("a", "self", rows[2].prompt, rows[2].response + " Yes.")
     report = inspect_rows([*rows, same_prompt, shouted, almost])
     assert report.flagged["duplicates"] == ("s",)
@@ -103,7 +105,8 @@ def test_repetition_is_the_share_of_phrases_seen_before() -> None:
 
 
 @pytest.mark.parametrize("text, mark", [
-    ("Hello<|im_end|>there", "<|im_end|>"), ("### Instruction:\nAdd.", "### Instruction"), ("[INST] Hi", "[INST]"), ("So.</s>", "</s>"),
+    ("Hello<|im_end|>there", "<|im_end|>"), ("### Instruction:\nAdd.", "### Instruction"), ("[INST] Hi", "[INST]"),
+    ("So.</s>", "</s>"),
     ("a < b and c > d", None), ("The user: he left.", None), ("Assistant: yes", "Assistant:"), ("x <pad_7> y", None),
 ])
 def test_marks_of_templates(text: str, mark: str | None) -> None:
@@ -120,9 +123,11 @@ def test_a_tokenizer_s_own_special_tokens_are_marks() -> None:
 
 
 @pytest.mark.parametrize("text, language", [
-    ("What can I do for you?", "en"), ("Je ne sais pas, mais vous pouvez le faire avec nous.", "fr"), ("Ik kan dit niet zien, maar het is er.", "nl"),
-    ("No es lo que yo quería para los niños.", "es"), ("Non è la casa che mi piace di più.", "it"), ("Você não sabe o que isso é para mim.", "pt"),
-    ("Я не знаю, что это.", "ru"), ("これは何ですか。", "ja"), ("这是什么？", "zh"), ("이것은 무엇입니까?", "ko"), ("def f(x): return x + 1", None), ("42", None),
+    ("What can I do for you?", "en"), ("Je ne sais pas, mais vous pouvez le faire avec nous.", "fr"),
+    ("Ik kan dit niet zien, maar het is er.", "nl"), ("No es lo que yo quería para los niños.", "es"),
+    ("Non è la casa che mi piace di più.", "it"), ("Você não sabe o que isso é para mim.", "pt"),
+    ("Я не знаю, что это.", "ru"), ("これは何ですか。", "ja"), ("这是什么？", "zh"), ("이것은 무엇입니까?", "ko"),
+    ("def f(x): return x + 1", None), ("42", None),
 ])
 def test_languages(text: str, language: str | None) -> None:
     assert language_of(text) == language
@@ -153,8 +158,8 @@ def test_every_limit_stops_something() -> None:
 
 def test_the_report_on_rows_that_a_model_wrote(tmp_path: Path) -> None:
     chat = tiny_chat.chat()
-    writer = Writer(model=tiny_chat.chatty(), chat=chat, precision="fp32", batch_size=8, provenance={"model": "chatty"}, backend="refilled",
-                    sampler=Sampler(temperature=1, top_p=1, max_new_tokens=12))
+    writer = Writer(model=tiny_chat.chatty(), chat=chat, precision="fp32", batch_size=8, backend="refilled",
+                    provenance={"model": "chatty"}, sampler=Sampler(temperature=1, top_p=1, max_new_tokens=12))
     rows = generate(writer, 30, tmp_path / "self.jsonl", max_user_tokens=30, progress=False)
     report, first_look = inspect_rows(rows, chat), quality(rows)
     assert report.measures["unfinished"] == pytest.approx(1 - first_look["finished"])

@@ -109,7 +109,8 @@ def test_samples_of_a_model_have_its_probabilities() -> None:
 def gpt2() -> GPT2LMHeadModel:
     """Positions are learnt, not rotations."""
     torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=16, n_layer=2, n_head=2, n_positions=64, initializer_range=0.2)).eval()
+    config = GPT2Config(vocab_size=32, n_embd=16, n_layer=2, n_head=2, n_positions=64, initializer_range=0.2)
+    return GPT2LMHeadModel(config).eval()
 
 
 def mistral() -> MistralForCausalLM:

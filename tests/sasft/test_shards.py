@@ -28,8 +28,8 @@ def writer(**kwargs) -> Writer:
 
 def write(folder: Path, shards: int = 2, n: int = 8, seed: int = 0) -> Path:
     for index in range(shards):
-        generate(writer(), n, shard_path(folder / "self.jsonl", index, shards), seed=seed, max_user_tokens=30, shard=(index, shards),
-                 progress=False)
+        generate(writer(), n, shard_path(folder / "self.jsonl", index, shards), seed=seed, max_user_tokens=30,
+                 shard=(index, shards), progress=False)
     return folder / "self.jsonl"
 
 
@@ -89,7 +89,8 @@ def test_rows_that_say_the_same_are_told_of(tmp_path: Path, caplog: pytest.LogCa
 def _work(rank: int, folder: str, port: int) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
     torch.set_num_threads(1)
-    rows = generate_in_parallel(writer(), 10, Path(folder) / "self.jsonl", max_user_tokens=30, dialogues=TWO_TURNS, progress=False)
+    rows = generate_in_parallel(writer(), 10, Path(folder) / "self.jsonl", max_user_tokens=30, dialogues=TWO_TURNS,
+                                progress=False)
     (Path(folder) / f"{rank}.json").write_text(json.dumps([row.id for row in rows]))
     dist.destroy_process_group()
 
