@@ -68,12 +68,18 @@ class SourceAlignment:
 
     def raw_cos(self, a: str, b: str, **where) -> float:
         """Cosine between the two sources' gradients in this step, noise included: it shrinks as batches get smaller."""
-        i, j, k = self.sources.index(a), self.sources.index(b), self.inner(**where)
+        i, j, k = _place(self.sources, a), _place(self.sources, b), self.inner(**where)
         return float(k[i, j] / math.sqrt(k[i, i] * k[j, j])) if k[i, i] > 0 and k[j, j] > 0 else math.nan
 
     def cos(self, a: str, b: str, **where) -> float:
         """Cosine between the sources' *expected* gradients, from products of different folds (:func:`drift.alignment.cosine`)."""
         return pooled([self], [a, b], cosine, **where)[0]
+
+
+def _place(sources: Sequence[str], name: str) -> int:
+    if name not in sources:
+        raise ValueError(f"there is no source {name!r}; the names are {list(sources)}")
+    return list(sources).index(name)
 
 
 def pooled(steps: Sequence[SourceAlignment], sources: Sequence[str], statistic: Callable[..., float], **where) -> tuple[float, float]:
@@ -86,7 +92,7 @@ def pooled(steps: Sequence[SourceAlignment], sources: Sequence[str], statistic: 
     """
     per_row = np.stack([_per_row(step, where) for step in steps])
     f = steps[0].folds
-    members = [list(range(steps[0].sources.index(s) * f, (steps[0].sources.index(s) + 1) * f)) for s in sources]
+    members = [list(range(k * f, (k + 1) * f)) for k in (_place(steps[0].sources, s) for s in sources)]
 
     def estimate(chosen: Sequence[int], groups: Sequence[Sequence[int]]) -> float:
         counted = np.isfinite(per_row[chosen])
@@ -141,11 +147,12 @@ class SourceGradients:
     def __init__(self, model: nn.Module, sources: Sequence[str], *, every: int | Schedule | None = None, folds: int = 2,
                  accumulate: bool = False, optimizer: torch.optim.Optimizer | None = None, key: str | None = None,
                  window: int = 20) -> None:
-        self.sources = tuple(sources)
+        self.sources = () if isinstance(sources, str) else tuple(sources)
         if len(set(self.sources)) < max(2, len(self.sources)):
-            raise ValueError(f"sources must be two or more different names, got {list(sources)}")
+            raise ValueError(f"sources must be a list of two or more different names, got {sources!r}")
         if folds < 1 or window < 1:
             raise ValueError(f"folds and window must be at least 1, got folds={folds}, window={window}")
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate's is a wrapper
         if optimizer is not None and not all({"betas", "eps"} <= group.keys() for group in optimizer.param_groups):
             raise ValueError(f"optimizer must be an Adam (its groups have betas and eps), got {type(optimizer).__name__}; leave it out")
         trainable(model)  # refuses frozen models
@@ -157,6 +164,7 @@ class SourceGradients:
         self._open = False
         self._collector: SourceCollector | None = None
         self._interceptor = Interceptor(model)
+        self._aside: Groups | None = None
         self._scratch = Scratch()
         self._handles: list[Any] = []
         self._checked, self._in_part = False, frozenset()
@@ -171,7 +179,8 @@ class SourceGradients:
             raise RuntimeError("a SourceGradients is attached to this model already (left behind by a crash?); drift.release(model) "
                                "takes it off")
         self._open = True
-        self._handles.append(self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True, prepend=True))
+        self._handles += [self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True, prepend=True),
+                          self.model.register_forward_hook(self._after_forward, always_call=True)]
         if self.optimizer is not None:
             self._handles.append(self.optimizer.register_step_pre_hook(lambda *_: self._finish()))
         return self
@@ -223,7 +232,8 @@ class SourceGradients:
         found = self._collector.result
         self._detach()
         if found is None:
-            return None
+            raise RuntimeError(f"step {self._last} was to be measured, but nothing was seen of its gradient: tag comes before the forward pass, "
+                               "backward before step")
         alignment = SourceAlignment(self.sources, self.folds, found.grams, found.units.reshape(len(self.sources), -1),
                                     found.coverage, found.missing)
         self._recent.append(alignment)
@@ -249,7 +259,10 @@ class SourceGradients:
             if unknown:
                 raise ValueError(f"sources holds {unknown}; the names are {list(self.sources)}")
             sources = [self.sources.index(s) for s in sources]
-        index = torch.as_tensor(sources).cpu()
+        try:
+            index = torch.as_tensor(sources).cpu()
+        except (TypeError, ValueError):
+            raise ValueError(f"sources must be names [B], or whole numbers [B] or [B, T], got {sources!r}") from None
         if index.dim() not in (1, 2) or index.is_floating_point() or index.is_complex():
             raise ValueError(f"sources must be whole numbers [B] or [B, T], got {index.dtype} {tuple(index.shape)}")
         index = index.long()
@@ -258,6 +271,7 @@ class SourceGradients:
                              f"{'nothing' if index.numel() == 0 else f'{int(index.min())} ... {int(index.max())}'}")
         if not bool((index >= 0).any()):
             raise ValueError("sources is -1 throughout, so there is no source's gradient to measure")
+        units = None if units is None else torch.as_tensor(units)
         if units is not None and (index.dim() == 1 or units.shape != index.shape):
             raise ValueError(f"units must have the shape of sources [B, T], got {tuple(units.shape)} and {tuple(index.shape)}")
         return index, None if units is None else units.cpu().long()
@@ -266,9 +280,15 @@ class SourceGradients:
         if self.key is not None and self.key in kwargs:
             kwargs = dict(kwargs)
             self.tag(kwargs.pop(self.key))
+        if not torch.is_grad_enabled():  # an evaluation in the midst of a step is not part of it
+            self._aside, self._interceptor.groups = self._interceptor.groups, None
         if self._interceptor.groups is not None:
             self._learn_shape([*args, *kwargs.values()])
         return args, kwargs
+
+    def _after_forward(self, *_) -> None:
+        if self._aside is not None:
+            self._interceptor.groups, self._aside = self._aside, None
 
     def _learn_shape(self, inputs: Sequence[Any]) -> None:
         """Rows and tokens of the batch, from the model's first tensor: ids [B, T], embeddings [B, T, n], or plain vectors [B, n]."""

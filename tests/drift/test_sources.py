@@ -552,3 +552,17 @@ def test_a_gradient_that_is_not_finite_is_named() -> None:
     with pytest.raises(FloatingPointError, match="not finite in .* of 6 parameters: embed.weight"):
         split(zoo_logits, model, batch)
     assert not any("forward" in m.__dict__ for m in model.modules())
+
+
+def test_an_evaluation_in_the_midst_of_a_step_is_no_part_of_it_and_a_step_without_gradient_is_refused() -> None:
+    model, batch = zoo.make(zoo.Base), zoo.batch(rows=6)
+    with SourceGradients(model, ["task", "self"]) as sources:
+        sources.tag(TAGS)
+        loss = loss_of(zoo_logits, model, batch)
+        with torch.no_grad():
+            model(batch["input_ids"][:2, :3])
+        loss.backward()
+        agree(sources.step(), separate(zoo_logits, model, batch))
+        sources.tag(TAGS)
+        with pytest.raises(RuntimeError, match="nothing was seen of its gradient"):
+            sources.step()
