@@ -19,6 +19,7 @@ from sasft.files import ensure_writable
 from sasft.versions import versions
 from studies.claims import registered
 from studies.lab import figures
+from studies.lab.calibration import GROUPS, SLOW
 from studies.lab.effects import effects
 from studies.lab.experiment import Setup
 from studies.lab.tables import make
@@ -27,14 +28,16 @@ from studies.stats import verdict
 
 @dataclass(frozen=True, kw_only=True)
 class Profile:
-    """One size of the lab."""
+    """One size of the lab. ``repeats``: of each estimator; ``slow_repeats``: of those that cost seconds a dozen."""
 
     setup: Setup
     quick: bool
     repeats: int
+    slow_repeats: int
 
 
-PROFILES = {"quick": Profile(setup=Setup(seeds=3), quick=True, repeats=500), "full": Profile(setup=Setup(seeds=12), quick=False, repeats=2000)}
+PROFILES = {"quick": Profile(setup=Setup(seeds=3), quick=True, repeats=500, slow_repeats=50),
+            "full": Profile(setup=Setup(seeds=12), quick=False, repeats=1000, slow_repeats=500)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,7 +65,8 @@ def run(profile: Profile, runs: Path, folder: Path, workers: int) -> None:
     if workers < 1:
         raise UsageError(f"workers must be at least 1, got {workers}")
     ensure_writable(folder)
-    tables = make(profile.setup, runs / "lab", workers, quick=profile.quick, repeats=profile.repeats)
+    repeats = {group: profile.slow_repeats if group in SLOW else profile.repeats for group in GROUPS}
+    tables = make(profile.setup, runs / "lab", workers, quick=profile.quick, repeats=repeats)
     predictions, n = registered(), profile.setup.seeds
     found = {name: verdict(predictions[name], effect, n=n) for name, effect in effects(tables, n).items()}
     paths = figures.draw_all(tables, found, n, folder, {"profile": asdict(profile), "versions": versions()})

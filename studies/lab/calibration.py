@@ -402,6 +402,7 @@ def seed_intervals(place: Place, repeats: int) -> Iterator[Case]:
 GROUPS: dict[str, Callable[[Place, int], Iterator[Case]]] = {
     "gradients": gradients, "source split": source_split, "fishers": fishers, "push": push, "divergences": divergences,
     "decompositions": decompositions, "sketches": sketches, "seed intervals": seed_intervals}
+SLOW = ("source split", "fishers", "push")  # a pass of the model or more for every repeat
 
 
 def calibrate(bases: Bases, group: str, repeats: int) -> Rows:

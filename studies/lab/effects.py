@@ -49,11 +49,11 @@ def at_equal_gain(rows: Rows, metric: str, n: int, arm: str, other: str = TASK_O
 
 def effects(tables: Mapping[str, Rows], n: int) -> dict[str, Effect]:
     """The effect that each of the lab's predictions is about, by its id."""
-    arms, forces, push, dose, start = (tables[k] for k in ("arms", "forces", "push", "dose", "start"))
+    arms, drawn, forces, push, dose, start = (tables[k] for k in ("arms", "sampled", "forces", "push", "dose", "start"))
     last = max(row["step"] for row in arms)
 
-    def end(metric: str, arm: str) -> NDArray[np.float64]:
-        return column(arms, metric, n, arm=arm, step=last)
+    def end(metric: str, arm: str, rows: Rows = arms) -> NDArray[np.float64]:
+        return column(rows, metric, n, arm=arm, step=last)
 
     def mean(values: NDArray[np.float64]) -> Effect:
         return over_seeds(lambda s: values[s].mean(), n)
@@ -61,11 +61,11 @@ def effects(tables: Mapping[str, Rows], n: int) -> dict[str, Effect]:
     def force(source: str) -> Effect:
         return mean(column(forces, "of_task", n, source=source))
 
-    def difference(metric: str, a: str, b: str) -> Effect:
-        return mean(end(metric, a) - end(metric, b))
+    def difference(metric: str, a: str, b: str, rows: Rows = arms) -> Effect:
+        return mean(end(metric, a, rows) - end(metric, b, rows))
 
-    def share(metric: str) -> Effect:
-        cells = [end(metric, arm) for arm in ("own/old", "own/new", "foreign/old", TASK_ONLY)]
+    def share(metric: str, rows: Rows = arms) -> Effect:
+        cells = [end(metric, arm, rows) for arm in ("own/old", "own/new", "foreign/old", TASK_ONLY)]
         return over_seeds(lambda s: factorial(*(c[s].mean() for c in cells))["share"], n)
 
     def kept(metric: str) -> Effect:
@@ -79,14 +79,18 @@ def effects(tables: Mapping[str, Rows], n: int) -> dict[str, Effect]:
         free, held = (column(dose, f"along_{kind}", n, lam=lam, step=last) for lam in (0.0, 0.5))
         return 1 - held / free
 
+    def removed_at_equal_dose(kind: str) -> NDArray[np.float64]:
+        half, held = (column(tables["accounts"], f"along_{kind}", n, arm=arm, step=last) for arm in ("task at half rate", "SA-SFT 0.5"))
+        return 1 - held / half
+
     def missed(foretold: str, step: int) -> Effect:
         """Mean |log(foretold/observed)| over λ; a prediction without bound counts as e^10 times too large."""
         errors = [np.abs(np.log(column(dose, foretold, n, lam=lam, step=step) / column(arms, "kl", n, arm=arm, step=step)))
                   for lam, arm in [(0.0, TASK_ONLY), *((lam, f"SA-SFT {lam}") for lam in LAMBDAS)]]
         return mean(np.minimum(errors, 10).mean(0))
 
-    def lead(outcome: str) -> Effect:
-        race = Race(tables, outcome, n)
+    def lead(outcome: str, *, ends: bool = False) -> Effect:
+        race = Race(tables, outcome, n, ends=ends)
         return over_seeds(lambda s: race.correlation("fisher", s) - race.correlation("l2", s), n)
 
     order = np.array([spearmanr(DISTANCES, [end("kl", f"external {d}")[s] for d in DISTANCES]).statistic for s in range(n)])
@@ -94,19 +98,23 @@ def effects(tables: Mapping[str, Rows], n: int) -> dict[str, Effect]:
         "C1/lab/exact": force("exact"), "C1/lab/paper": force("paper (0.7, 0.9)"), "C1/lab/paper below task": force("paper (0.7, 0.9)"),
         "C1/lab/mean loss": force("mean over each response"), "C1/lab/deduplicated": force("repeats dropped (100 rows)"),
         "C2/lab/kl": difference("kl", "foreign/old", "own/old"), "C2/lab/content": difference("content", "foreign/old", "own/old"),
+        "C2/lab/kl, sampled": difference("kl", "foreign/old", "own/old", drawn), "C3/lab/kl, sampled": share("kl", drawn),
         "C3/lab/kl": share("kl"), "C3/lab/content": share("content"),
         "C4/lab/coherence": start_difference("coherence"), "C4/lab/shared": start_difference("cos_topics"),
-        "C5/lab/kl": lead("kl"), "C5/lab/content": lead("content"),
+        "C5/lab/kl": lead("kl"), "C5/lab/content": lead("content"), "C5/lab/kl, ends": lead("kl", ends=True),
         "C6/lab/slope": mean(np.abs(_smallest(push, n) - 1)),
         "C6/lab/push": mean(column(push, "cos_drift", n, course=TASK_ONLY, step=last)),
         "C6/lab/against the task": mean(column(push, "cos_task", n, course="SA-SFT 0.5", step=last)),
         "C7/lab/selective": mean(removed("style") - removed("content")),
+        "C7/lab/selective, equal dose": mean(removed_at_equal_dose("style") - removed_at_equal_dose("content")),
         "C7/lab/dose, early": missed("kl_foretold", 5), "C7/lab/dose, end": missed("kl_foretold", last),
         "C7/lab/dose, end, Gauss-Newton": missed("kl_foretold_gn", last),
         "C8/lab/kl": difference("kl", "external 1.0", "SA-SFT 0.5"), "C8/lab/content": difference("content", "external 1.0", "SA-SFT 0.5"),
-        "C8/lab/order": mean(order),
+        "C8/lab/kl, as varied": difference("kl", "external, as varied", "SA-SFT 0.5"), "C8/lab/order": mean(order),
         "C9/lab/kl": kept("kl_dropped"), "C9/lab/content": kept("content_dropped"),
         "C10/lab/kl": mean(at_equal_gain(arms, "kl", n, "SA-SFT 0.5")), "C10/lab/content": mean(at_equal_gain(arms, "content", n, "SA-SFT 0.5")),
+        "C10/lab/kl, sampled": mean(at_equal_gain(drawn, "kl", n, "SA-SFT 0.5")),
+        "C11/lab/paper, sampled": difference("entropy", "SA-SFT paper", "SA-SFT 0.5", drawn),
         "C11/lab/exact": difference("entropy", "SA-SFT 0.5", "own/old"), "C11/lab/paper": difference("entropy", "SA-SFT paper", "SA-SFT 0.5"),
     }
 
@@ -117,14 +125,16 @@ def _smallest(push: Rows, n: int) -> NDArray[np.float64]:
 
 
 class Race:
-    """Rank correlation (Spearman) of every account of forgetting with what was forgotten, over all arms and steps after the start."""
+    """Rank correlation (Spearman) of every account of forgetting with what was forgotten, over all arms and steps after the start, or
+    over the arms' ``ends`` alone."""
 
-    def __init__(self, tables: Mapping[str, Rows], outcome: str, n: int) -> None:
+    def __init__(self, tables: Mapping[str, Rows], outcome: str, n: int, *, ends: bool = False) -> None:
+        last = max(r["step"] for r in tables["arms"])
         accounts = {(r["arm"], r["seed"], r["step"]): r for r in tables["accounts"]}
         first = min(r["step"] for r in tables["arms"] if r["step"] > 0)
         early = {(r["arm"], r["seed"]): r["kl"] for r in tables["arms"] if r["step"] == first}
         rows = [{**r, **accounts[r["arm"], r["seed"], r["step"]], "early": early[r["arm"], r["seed"]]}
-                for r in tables["arms"] if r["step"] > 0 and r["arm"] != "own/old"]
+                for r in tables["arms"] if r["step"] >= (last if ends else 1) and r["arm"] != "own/old"]
         by_seed = [[r for r in rows if r["seed"] == seed] for seed in range(n)]
         self.outcome = np.array([[r[outcome] for r in some] for some in by_seed])
         self.accounts = {name: np.array([[r[name] for r in some] for some in by_seed]) for name in ACCOUNTS if name != outcome}

@@ -8,7 +8,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from studies.figures import DARK, LIGHT, MARKERS, MIDDLE, error_bars, new_figure, save
-from studies.lab import calibration
 from studies.lab.effects import ACCOUNTS, Race, Rows, at_equal_gain, column
 from studies.lab.experiment import LAMBDAS, TASK_ONLY
 from studies.lab.sweeps import SA_SFT
@@ -23,10 +22,11 @@ def draw_all(tables: Mapping[str, Rows], verdicts: Verdicts, n: int, folder: Pat
     """Draw every figure into ``folder``; returns the paths."""
     paths: list[Path] = []
     for draw, claims in ((draw_forces, ("C1",)), (draw_cells, ("C2", "C3", "C4")), (draw_push, ("C6",)), (draw_dose, ("C7",)),
-                         (draw_race, ("C5",)), (draw_mixing, ("C8", "C9", "C10", "C11")), (draw_phase, ()), (draw_limits, ())):
-        shown = [v for v in verdicts.values() if v["claim"] in claims]
+                         (draw_race, ("C5",)), (draw_mixing, ("C8", "C9", "C10", "C11")), (draw_phase, ()), (draw_limits, ()),
+                         (draw_sampled, ("sampled",)), (draw_calibration, ())):
+        shown = [v for name, v in verdicts.items() if ("sampled" if name.endswith("sampled") else v["claim"]) in claims]
         paths += draw(tables, n, lambda figure, name, rows, shown=shown: save(figure, folder, name, rows, shown, provenance))
-    return [*paths, *calibration.draw(tables["calibration"], folder, provenance)]
+    return paths
 
 
 Save = Callable[[Any, str, Sequence[Mapping[str, Any]]], list[Path]]
@@ -230,7 +230,7 @@ def draw_phase(tables: Mapping[str, Rows], n: int, keep: Save) -> list[Path]:
 
 def draw_limits(tables: Mapping[str, Rows], n: int, keep: Save) -> list[Path]:
     """How forgetting with and without self-data changes with every other thing that was varied."""
-    sweep = [row for row in tables["sweeps"] if row["sweep"] not in ("phase", "source")]
+    sweep = [row for row in tables["sweeps"] if row["sweep"] != "phase"]
     last = max(row["step"] for row in sweep)
     names = list(dict.fromkeys(row["sweep"] for row in sweep))
     conditions = [(name, value) for name in names for value in sorted({r["value"] for r in sweep if r["sweep"] == name})]
@@ -253,3 +253,53 @@ def draw_limits(tables: Mapping[str, Rows], n: int, keep: Save) -> list[Path]:
     axes[1].legend(frameon=False, fontsize=8)
     axes[0].set_title("Forgetting with and without self-data (λ = ½) as one thing is varied", loc="left", fontsize=9)
     return keep(figure, "lab_limits", rows)
+
+
+def draw_sampled(tables: Mapping[str, Rows], n: int, keep: Save) -> list[Path]:
+    """Drawn rows under Adam: what is forgotten, and what the recorder said of it."""
+    drawn = tables["sampled"]
+    last = max(row["step"] for row in drawn)
+    names = list(dict.fromkeys(row["arm"] for row in drawn))
+    figure, (left, right) = new_figure(8.4, 3.6, 2)
+    found = [_mean(column(drawn, "kl", n, arm=arm, step=last)) for arm in names]
+    left.barh(range(len(names)), [e.value for e in found], color=MIDDLE, edgecolor="black", linewidth=0.6)
+    left.errorbar([e.value for e in found], range(len(names)), xerr=error_bars(found), fmt="none", ecolor="black", capsize=2, linewidth=0.9)
+    left.set_yticks(range(len(names)), names)
+    left.invert_yaxis()
+    left.set_xlabel(f"forgetting after {last} steps (KL, nats/token)")
+    left.set_title("Drawn rows, Adam, the package's trainer", loc="left", fontsize=9)
+    moved = [row for row in drawn if row["step"] > 0]
+    right.errorbar([r["kl"] for r in moved], [r["recorded_kl"] for r in moved], yerr=[1.96 * r["recorded_kl_error"] for r in moved], fmt="o", markersize=2.5,
+                   color=DARK, ecolor="grey", elinewidth=0.7)
+    ends = [min(r["kl"] for r in moved), max(r["kl"] for r in moved)]
+    right.plot(ends, ends, color="black", linestyle="--", linewidth=0.8)
+    right.set_xscale("log")
+    right.set_yscale("log")
+    right.set_xlabel("KL over all responses (nats/token; log scale)")
+    right.set_ylabel("KL that drift recorded on 256 rows")
+    right.set_title("What is recorded on the way is what is there", loc="left", fontsize=9)
+    return keep(figure, "lab_sampled", drawn)
+
+
+def draw_calibration(tables: Mapping[str, Rows], n: int, keep: Save) -> list[Path]:
+    """Every estimator against the exact value: bias, and coverage of its interval."""
+    rows = tables["calibration"]
+    figure, (left, right) = new_figure(9.6, 0.24 * len(rows) + 1.2, 2, sharey=True, gridspec_kw={"width_ratios": (1.2, 1)})
+    for place, row in enumerate(rows):
+        plain = row["estimator"].startswith(("uncorrected", "sampled log"))
+        bias, error = row["bias"] / row["spread"], 1.96 * row["bias_error"] / row["spread"]
+        left.errorbar(bias, place, xerr=error, fmt="s" if plain else "o", markersize=4.5, color=LIGHT if plain else DARK, markeredgecolor="black",
+                      ecolor="black", capsize=2, linewidth=0.8)
+        if row["coverage"] is not None:
+            right.errorbar(row["coverage"], place, xerr=[[row["coverage"] - row["coverage_low"]], [row["coverage_high"] - row["coverage"]]],
+                           fmt="s" if plain else "o", markersize=4.5, color=LIGHT if plain else DARK, markeredgecolor="black", ecolor="black", capsize=2, linewidth=0.8)
+    left.axvline(0, color="black", linewidth=0.6)
+    left.set_xscale("symlog", linthresh=1)
+    left.set_yticks(range(len(rows)), [f"{r['quantity']}  ·  {r['estimator']}" for r in rows], fontsize=6.5)
+    left.invert_yaxis()
+    left.set_xlabel("bias, in standard deviations of the estimate\n(symmetric log scale; squares: what others use)")
+    right.axvspan(0.93, 0.97, color="0.85")
+    right.axvline(0.95, color="black", linewidth=0.6, linestyle="--")
+    right.set_xlabel("how often the 95 % interval covers the truth\n(band: 93 to 97 %)")
+    left.set_title(f"Estimators against exact values ({min(r['repeats'] for r in rows)} to {max(r['repeats'] for r in rows)} repeats)", loc="left", fontsize=9)
+    return keep(figure, "lab_calibration", rows)

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,28 +10,35 @@ from typing import Any
 from torch import Tensor, cat
 
 from sasft.files import ensure_writable
-from studies.lab import calibration, courses, sweeps
+from studies.lab import calibration, courses, sampled, sweeps
 from studies.lab.courses import Rows
 from studies.lab.descent import TOGETHER
 from studies.lab.experiment import Bases, Setup, main_arms, train
 from studies.lab.units import Unit, kept, load, work
 
 
-def make(setup: Setup, folder: Path, workers: int, *, quick: bool, repeats: int) -> dict[str, Rows]:
-    """All tables, by name, from units that are kept in ``folder`` and found there again. Training comes first: other units need its weights."""
+def make(setup: Setup, folder: Path, workers: int, *, quick: bool, repeats: Mapping[str, int]) -> dict[str, Rows]:
+    """All tables, by name, from units that are kept in ``folder`` and found there again. Training comes first: other units need its weights.
+
+    ``repeats``: of each group of estimators (:data:`studies.lab.calibration.GROUPS`).
+    """
     home = folder / _key(asdict(setup), _code("tree", "world", "model", "walk", "exact", "descent", "experiment", "start", "courses", "sweeps"))
     ensure_writable(home)
     parts = _parts(list(main_arms()), max(1, TOGETHER // setup.seeds))
     work([Unit(f"weights{i}.pt", _trained, (home, setup, names)) for i, names in enumerate(parts)], home, workers, "training")
     conditions = list(sweeps.sweeps(setup, quick=quick))
-    units = [
-        *(Unit(f"calibration-{group}-{repeats}-{_code('calibration', 'drawing')}.json", _calibration, (home, setup, group, repeats)) for group in calibration.GROUPS),
-        Unit("forces.json", _forces, (home, setup)), Unit("arms.json", _arms, (home, setup, len(parts))), *(Unit(f"seed{s}.json", _seed, (home, setup, len(parts), s)) for s in range(setup.seeds)),
-        *(Unit(f"sweep-{_key(asdict(c.setup), c.name, c.value)}.json", _sweep, (home, setup, quick, i)) for i, c in enumerate(conditions))]
-    found = work(units, home, workers, "measuring")
-    calibrated, (forces, arms, *rest) = found[: len(calibration.GROUPS)], found[len(calibration.GROUPS) :]
-    tables: dict[str, Rows] = {"calibration": [row for rows in calibrated for row in rows], "forces": forces, "arms": arms, "sweeps": [row for rows in rest[setup.seeds:] for row in rows]}
-    for of_seed in rest[:setup.seeds]:
+    drawn, seeds = _code("calibration", "drawing", "sampled"), range(setup.seeds)
+    kinds: dict[str, list[Unit]] = {  # the longest first, so that no worker is left with one at the end
+        "of a seed": [Unit(f"seed{s}.json", _seed, (home, setup, len(parts), s)) for s in seeds],
+        "sweeps": [Unit(f"sweep-{_key(asdict(c.setup), c.name, c.value)}.json", _sweep, (home, setup, quick, i)) for i, c in enumerate(conditions)],
+        "calibration": [Unit(f"calibration-{group}-{n}-{drawn}.json", _calibration, (home, setup, group, n)) for group, n in repeats.items()],
+        "sampled": [Unit(f"sampled{s}-{drawn}.json", _sampled, (home, setup, s)) for s in seeds],
+        "arms": [Unit("arms.json", _arms, (home, setup, len(parts)))],
+        "forces": [Unit("forces.json", _forces, (home, setup))]}
+    results = iter(work([unit for units in kinds.values() for unit in units], home, workers, "measuring"))
+    found = {kind: [next(results) for _ in units] for kind, units in kinds.items()}
+    tables = {kind: [row for rows in found[kind] for row in rows] for kind in kinds if kind != "of a seed"}
+    for of_seed in found["of a seed"]:
         for name, rows in of_seed.items():
             tables.setdefault(name, []).extend(rows)
     return tables
@@ -86,3 +93,7 @@ def _sweep(home: Path, setup: Setup, quick: bool, number: int) -> Rows:
 
 def _calibration(home: Path, setup: Setup, group: str, repeats: int) -> Rows:
     return calibration.calibrate(_bases(home, setup), group, repeats)
+
+
+def _sampled(home: Path, setup: Setup, seed: int) -> Rows:
+    return sampled.sampled(_bases(home, setup), seed)
