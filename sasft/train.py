@@ -1,37 +1,42 @@
-"""Fine-tuning on a plan: ordinary SFT of task rows and self rows, full or LoRA, on transformers' Trainer.
+"""Fine-tuning on a plan, full or LoRA, by any of :mod:`sasft.methods`, on transformers' Trainer.
 
 Two levels: :func:`fit` trains a model in hand on encoded rows; :func:`train` reads files, sets up the
 instruments, calls :func:`fit` and leaves a run folder that says how it came about.
 """
 
 import json
-import os
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
-from itertools import pairwise
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import transformers
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ProgressCallback
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 import drift
-from sasft.chat import Chat, Encoded, collate
+from sasft.batches import MicroBatches, RowsOfSources, batch_of, check_reads, weighted_tokens
+from sasft.chat import Chat, Encoded
 from sasft.data import encode_rows, read_rows
 from sasft.errors import UsageError
 from sasft.files import ensure_writable, sha256_file, write_json
+from sasft.methods import Costs, Method, Objective, Workshop, parse_method, response_loss
 from sasft.mixing import SELF, TASK, Plan, make_plan
 from sasft.models import LoraSettings, load_model, weights_hash
 from sasft.precision import Precision, autocast
 from sasft.probes import run_probes
+from sasft.sampling import EXACT
 from sasft.settings import option
 from sasft.versions import versions
+from sasft.writing import Writer
+
+_COSTS = "costs.json"  # of a method, in a checkpoint
 
 
 @dataclass(kw_only=True)
@@ -66,7 +71,7 @@ class FitSettings:
 
 @dataclass(kw_only=True)
 class TrainSettings(FitSettings):
-    """One run of SA-SFT from files: what to train, on what, and what to record."""
+    """One run from files: what to train, on what, by which method, and what to record."""
 
     model: str = option("smollm2-135m-instruct", "embedded model name, local folder, or hub id (org/name)")
     revision: str | None = option(None, "revision of a hub model")
@@ -74,6 +79,8 @@ class TrainSettings(FitSettings):
     self_data: str | None = option(None, "JSONL file of self-dialogues, as written by `sasft generate`")
     out: str = option("", "folder of the run")
     lam: float = option(0.5, "share of self rows in the mix, in [0, 1); 0 is plain fine-tuning")
+    method: str = option("sft", "fine-tuning method, by its name in sasft.methods; sft is the ordinary loss on the rows of the mix")
+    method_options: str = option("", "options of the method: name=value, with blanks between them")
     steps: int = option(100, "optimiser steps")
     rows_per_step: int = option(16, "rows a step, of both sources together")
     max_tokens: int = option(1024, "longest row allowed, in tokens")
@@ -96,69 +103,23 @@ class TrainSettings(FitSettings):
         if self.lam > 0 and not self.self_data:
             raise UsageError(f"lam is {self.lam}, but self_data names no file; write self-dialogues with "
                              "`sasft generate` and name them with --self-data, or set --lam 0")
+        self.chosen_method()
 
-
-class _Rows(Dataset):
-    """The rows of all sources, addressed by (source, index)."""
-
-    def __init__(self, rows: Mapping[str, Sequence[Encoded]]) -> None:
-        self.rows = rows
-
-    def __getitem__(self, key: tuple[str, int]) -> Encoded:
-        return self.rows[key[0]][key[1]]
-
-    def __len__(self) -> int:
-        return sum(map(len, self.rows.values()))
-
-
-class _MicroBatches:
-    """Every step of the plan cut into the same number of micro-batches, rows of similar length together, none empty."""
-
-    def __init__(self, plan: Plan, rows: Mapping[str, Sequence[Encoded]], micro_rows: int) -> None:
-        self.plan, self.rows = plan, rows
-        self.per_step = -(-max(map(len, plan)) // micro_rows)
-        if self.per_step > min(map(len, plan)):
-            raise UsageError(f"micro_rows={micro_rows} cuts the largest step into {self.per_step} micro-batches, more "
-                             f"than the {min(map(len, plan))} rows of the smallest step; raise micro_rows")
-
-    def __iter__(self):
-        for step in self.plan:
-            ordered = sorted(step, key=lambda key: len(self.rows[key[0]][key[1]].input_ids))
-            bounds = [part * len(ordered) // self.per_step for part in range(self.per_step + 1)]
-            for begin, end in pairwise(bounds):
-                yield ordered[begin:end]
-
-    def __len__(self) -> int:
-        return len(self.plan) * self.per_step
-
-
-def response_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-    r"""Cross-entropy summed over the labelled tokens of a batch, in nats, accumulated in fp32.
-
-    :math:`\sum_i \sum_{t \in M_i} -\log p_\theta(y_{i,t} \mid x_i, y_{i,<t})`. ``batch`` comes from
-    :func:`sasft.chat.collate`; vocabulary logits are computed for the response columns only.
-    """
-    start = batch["response_start"]
-    labels = batch["labels"][:, start:]
-    logits = model(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], position_ids=batch["position_ids"],
-        use_cache=False, logits_to_keep=labels.shape[1] + 1,
-    ).logits[:, :-1]
-    counted = labels != -100
-    return nn.functional.cross_entropy(logits[counted].float(), labels[counted], reduction="sum")
+    def chosen_method(self) -> Method:
+        """The method with its options; raises :class:`UsageError` for what there is not."""
+        return parse_method(self.method, self.method_options)
 
 
 class _Trainer(transformers.Trainer):
-    """transformers' Trainer, reading a plan and applying the token-sum loss."""
+    """transformers' Trainer, reading a plan and applying an objective, or the token-sum loss."""
 
-    loss_is_scaled_for_ga = True  # both losses below are sums over the step: nothing is left to average
+    loss_is_scaled_for_ga = True  # losses are sums over the step: nothing is left to average
 
-    def __init__(self, *, batches: _MicroBatches, settings: FitSettings, pad_id: int, **kwargs: Any) -> None:
-        self.batches = batches
-        self.settings = settings
-        self.divisor = sum(batches.plan.loss_tokens()) / len(batches.plan)
-        super().__init__(data_collator=lambda rows: collate(rows, pad_id), **kwargs)
-        self.model_accepts_loss_kwargs = True  # makes the Trainer count the step's loss tokens
+    def __init__(self, *, batches: MicroBatches, settings: FitSettings, objective: Objective | None, pad_id: int, **kwargs: Any) -> None:
+        self.batches, self.settings, self.objective = batches, settings, objective
+        plan = batches.plan
+        self.divisors = [plan.divisor] * len(plan) if settings.loss == "sum" else weighted_tokens(plan)
+        super().__init__(data_collator=lambda rows: batch_of(rows, pad_id, plan.loss_weights), **kwargs)
 
     def get_train_dataloader(self) -> DataLoader:
         loader = DataLoader(self.train_dataset, batch_sampler=self.batches, collate_fn=self.data_collator)
@@ -169,9 +130,31 @@ class _Trainer(transformers.Trainer):
         return autocast(self.settings.precision, self.args.device.type)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        total = response_loss(model, inputs)
-        divisor = self.divisor if self.settings.loss == "sum" else num_items_in_batch
-        return total / divisor * self.accelerator.num_processes
+        total = response_loss(model, inputs) if self.objective is None else self.objective.loss(model, inputs)
+        step = self.state.global_step
+        loss = total / self.divisors[step] * self.accelerator.num_processes
+        if self.objective is not None and self.accelerator.sync_gradients:  # the step's last micro-batch
+            penalty = self.objective.penalty(model, step + 1)
+            loss = loss if penalty is None else loss + penalty
+        return loss
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.objective is not None:
+            write_json(Path(output_dir) / _COSTS, self.objective.costs.describe())
+
+
+class _Stages(transformers.TrainerCallback):
+    """The objective's later stages; they come before other callbacks, which then see the model as it really is."""
+
+    def __init__(self, objective: Objective) -> None:
+        self.objective = objective
+
+    def on_step_end(self, args, state, control, model=None, **kwargs) -> None:
+        self.objective.after_step(model, state.global_step)
+
+    def on_train_end(self, args, state, control, model=None, **kwargs) -> None:
+        self.objective.finish(model)
 
 
 class _Progress(ProgressCallback):
@@ -190,15 +173,20 @@ def fit(
     *,
     pad_id: int,
     out: Path,
+    objective: Objective | None = None,
     callbacks: Sequence[transformers.TrainerCallback] = (),
     progress: bool = True,
 ) -> list[dict[str, float]]:
     """Train ``model`` in place on ``rows`` as laid out by ``plan``; returns the Trainer's log, one entry a step.
 
-    ``rows`` maps each source of the plan (``task``, ``self``) to its encoded rows. Checkpoints go to
-    ``out/checkpoints``; if some are there, training goes on from the last.
+    ``rows`` maps each source of the plan (``task``, ``self``, any other) to its encoded rows. ``objective`` is what a method
+    makes of the untrained model (:mod:`sasft.methods`), None the cross-entropy. Checkpoints go to ``out/checkpoints``; if some
+    are there, training goes on from the last that is whole.
+
+    Raises :class:`UsageError` if the plan reads rows that there are not.
     """
-    batches = _MicroBatches(plan, rows, settings.micro_rows)
+    check_reads(plan, rows)
+    batches = MicroBatches(plan, rows, settings.micro_rows)
     args = transformers.TrainingArguments(
         output_dir=str(out / "checkpoints"),
         max_steps=len(plan),
@@ -220,26 +208,42 @@ def fit(
         disable_tqdm=not progress,
         use_cpu=next(model.parameters()).device.type == "cpu",
     )
-    trainer = _Trainer(model=model, args=args, train_dataset=_Rows(rows), batches=batches, settings=settings, pad_id=pad_id,
-                       callbacks=list(callbacks))
+    trainer = _Trainer(model=model, args=args, train_dataset=RowsOfSources(rows), batches=batches, settings=settings, objective=objective,
+                       pad_id=pad_id, callbacks=[*([] if objective is None else [_Stages(objective)]), *callbacks])
     trainer.remove_callback(ProgressCallback if progress else transformers.PrinterCallback)
     if progress:
         trainer.add_callback(_Progress)
-    last = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
-    trainer.train(resume_from_checkpoint=last)
+    last = _last_checkpoint(Path(args.output_dir))
+    if last is not None and objective is not None:
+        vars(objective.costs).update(json.loads((last / _COSTS).read_text(encoding="utf-8")))
+    trainer.train(resume_from_checkpoint=None if last is None else str(last))
     return trainer.state.log_history
 
 
+def _last_checkpoint(folder: Path) -> Path | None:
+    """The last checkpoint that is whole: its state, which is written last, can be read. A run killed while saving leaves others."""
+    def whole(checkpoint: Path) -> bool:
+        try:
+            return bool(json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8")))
+        except (OSError, ValueError):
+            return False
+
+    found = filter(whole, folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
+    return max(found, key=lambda checkpoint: int(checkpoint.name.rpartition("-")[2]), default=None)
+
+
 def train(settings: TrainSettings) -> dict[str, Any]:
-    """Run SA-SFT (or plain fine-tuning, at ``lam=0``) from files to a run folder; returns the run's summary.
+    """Fine-tune from files to a run folder, by default with SA-SFT (at ``lam=0`` on the task alone); returns the run's summary.
 
     The folder holds ``config.json`` (settings, versions, hashes of data and weights), ``plan.jsonl`` and ``mix.json``
     (every row of every step; λ realised in rows and tokens), ``drift/`` (the recorded table), ``log.json``,
-    ``model/`` and, once finished, ``summary.json``. The same call again returns a finished run's summary, or goes on
+    ``model/``, ``method/`` (what a method that makes rows has made) and, once finished, ``summary.json``, which says what the
+    method has cost beyond SFT. The same call again returns a finished run's summary, or goes on
     with an unfinished one; another configuration in the same folder is refused.
     """
     out = Path(settings.out)
     ensure_writable(out)
+    method, costs = settings.chosen_method(), Costs()
     text = _general_text(settings.general_text)
     files = {"task": settings.task, "self": settings.self_data, "general_text": settings.general_text}
     identity = {
@@ -255,13 +259,21 @@ def train(settings: TrainSettings) -> dict[str, Any]:
     lora = LoraSettings(r=settings.lora_rank, alpha=settings.lora_alpha) if settings.lora_rank else None
     model, tokenizer = load_model(settings.model, revision=settings.revision, lora=lora, seed=settings.seed)
     chat = Chat(tokenizer)
+    writer = _writer(settings, model, chat) if method.writes else None
+    made = method.rows({TASK: task_rows, SELF: self_rows},
+                       Workshop(chat=chat, folder=out / "method", writer=writer, seed=settings.seed, costs=costs))
+    model = method.prepare(model, settings.seed)
     rows: dict[str, list[Encoded]] = {}
     held_out: dict[str, list[Encoded]] = {}
-    for source, read in ((TASK, task_rows), (SELF, self_rows)):
+    for source, read in made.items():
         encoded, report = encode_rows(read, chat, settings.max_tokens, too_long=settings.too_long)
-        rows[source], held_out[source] = _hold_out(encoded, settings.probe_rows if settings.record_every else 0)
+        measured = settings.probe_rows if settings.record_every and source in (TASK, SELF) else 0
+        rows[source], held_out[source] = _hold_out(encoded, measured)
         if encoded:
             print(f"{source}: {report}; {len(held_out[source])} held out to measure on", file=sys.stderr)
+    with autocast(settings.precision, model.device.type):
+        rows = method.encoded(rows, model, chat.pad_id, costs)
+        objective = method.objective(model, rows, chat.pad_id, costs)
     plan = make_plan(
         [r.loss_tokens for r in rows[TASK]], [r.loss_tokens for r in rows[SELF]],
         steps=settings.steps, lam=settings.lam, rows_per_step=settings.rows_per_step, seed=settings.seed)
@@ -272,17 +284,24 @@ def train(settings: TrainSettings) -> dict[str, Any]:
         callbacks.append(drift.DriftCallback(
             out=out, overwrite=True, every=settings.record_every, config=identity, reference=drift.Reference.snapshot(model),
             probes=run_probes(chat, held_out, text, precision=settings.precision)))
-    log = fit(model, rows, plan, settings, pad_id=chat.pad_id, out=out, callbacks=callbacks)
+    fitted = replace(settings, lr=method.learning_rate(settings.lr))
+    log = fit(model, rows, plan, fitted, pad_id=chat.pad_id, out=out, objective=objective, callbacks=callbacks)
     write_json(out / "log.json", log)
     if settings.save_model:
         model.save_pretrained(out / "model")
         tokenizer.save_pretrained(out / "model")
-    summary = {"mix": plan.report(), "weights_sha256": weights_hash(model),
+    summary = {"mix": plan.report(), "method": method.describe(), "costs": costs.describe(), "weights_sha256": weights_hash(model),
                "recorded": callbacks[0].recorder.latest() if callbacks else {},
                "loss": [entry["loss"] for entry in log if "loss" in entry]}
     write_json(done, summary)
     shutil.rmtree(out / "checkpoints", ignore_errors=True)  # three times the model's size, and of no use any more
     return summary
+
+
+def _writer(settings: TrainSettings, model: nn.Module, chat: Chat) -> Writer:
+    """The untrained model as it writes for methods that make rows; they choose samplers of their own."""
+    provenance = {"model": settings.model, "revision": settings.revision, "weights_sha256": weights_hash(model)}
+    return Writer(model=model, chat=chat, sampler=EXACT, provenance=provenance, precision=settings.precision)
 
 
 def _claim(out: Path, identity: dict[str, Any], files: Mapping[str, str | None]) -> None:

@@ -90,6 +90,7 @@ class Method:
 
     name: ClassVar[str] = "sft"
     paper: ClassVar[str] = ""
+    writes: ClassVar[bool] = False  # whether ``rows`` needs the workshop's writer
 
     def rows(self, sources: Mapping[str, Sequence[Row]], workshop: Workshop) -> dict[str, list[Row]]:
         """The rows to train on, by source. The mix reads ``task`` and ``self``; others are companions for later stages."""
