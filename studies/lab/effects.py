@@ -98,10 +98,10 @@ def effects(tables: Mapping[str, Rows], n: int) -> dict[str, Effect]:
         "C1/lab/exact": force("exact"), "C1/lab/paper": force("paper (0.7, 0.9)"), "C1/lab/paper below task": force("paper (0.7, 0.9)"),
         "C1/lab/mean loss": force("mean over each response"), "C1/lab/deduplicated": force("repeats dropped (100 rows)"),
         "C2/lab/kl": difference("kl", "foreign/old", "own/old"), "C2/lab/content": difference("content", "foreign/old", "own/old"),
-        "C2/lab/kl, sampled": difference("kl", "foreign/old", "own/old", drawn), "C3/lab/kl, sampled": share("kl", drawn),
-        "C3/lab/kl": share("kl"), "C3/lab/content": share("content"),
+        "C2/lab/kl, sampled": difference("kl", "foreign/old", "own/old", drawn),
+        "C3/lab/kl": share("kl"), "C3/lab/content": share("content"), "C3/lab/kl, sampled": share("kl", drawn),
         "C4/lab/coherence": start_difference("coherence"), "C4/lab/shared": start_difference("cos_topics"),
-        "C5/lab/kl": lead("kl"), "C5/lab/content": lead("content"), "C5/lab/kl, ends": lead("kl", ends=True),
+        "C5/lab/kl": lead("kl"), "C5/lab/kl, ends": lead("kl", ends=True), "C5/lab/content": lead("content"),
         "C6/lab/slope": mean(np.abs(_smallest(push, n) - 1)),
         "C6/lab/push": mean(column(push, "cos_drift", n, course=TASK_ONLY, step=last)),
         "C6/lab/against the task": mean(column(push, "cos_task", n, course="SA-SFT 0.5", step=last)),
@@ -114,8 +114,8 @@ def effects(tables: Mapping[str, Rows], n: int) -> dict[str, Effect]:
         "C9/lab/kl": kept("kl_dropped"), "C9/lab/content": kept("content_dropped"),
         "C10/lab/kl": mean(at_equal_gain(arms, "kl", n, "SA-SFT 0.5")), "C10/lab/content": mean(at_equal_gain(arms, "content", n, "SA-SFT 0.5")),
         "C10/lab/kl, sampled": mean(at_equal_gain(drawn, "kl", n, "SA-SFT 0.5")),
-        "C11/lab/paper, sampled": difference("entropy", "SA-SFT paper", "SA-SFT 0.5", drawn),
         "C11/lab/exact": difference("entropy", "SA-SFT 0.5", "own/old"), "C11/lab/paper": difference("entropy", "SA-SFT paper", "SA-SFT 0.5"),
+        "C11/lab/paper, sampled": difference("entropy", "SA-SFT paper", "SA-SFT 0.5", drawn),
     }
 
 

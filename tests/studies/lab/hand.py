@@ -4,6 +4,7 @@ from typing import Any
 
 from studies.lab import sweeps
 from studies.lab.experiment import LAMBDAS, TASK_ONLY, Setup, main_arms
+from studies.lab.sampled import ARMS
 from studies.lab.sweeps import SA_SFT
 
 N = 4
@@ -11,7 +12,8 @@ STEPS = (0, 1, 2, 5, 10, 20)
 END = {  # kl, content, kl_dropped, content_dropped, gain, entropy at the last step, and what each further seed adds to kl and content
     "own/old": (0, 0, 0, 0, 0, 2.0), "own/new": (0.2, 0.5, 0.2, 0.5, 0.8, 2.0), "foreign/old": (1.0, 0.1, 1.0, 0.1, 0.0, 2.0),
     TASK_ONLY: (1.4, 0.6, 1.5, 0.8, 0.8, 1.0), "SA-SFT 0.5": (0.3, 0.1, 0.5, 0.2, 0.4, 2.1), "SA-SFT paper": (0.4, 0.2, 0.4, 0.2, 0.4, 1.6),
-    "SA-SFT without a topic": (0.4, 0.2, 0.6, 0.5, 0.4, 2.0), "external 1.0": (0.9, 0.05, 0.9, 0.1, 0.4, 1.5)}
+    "SA-SFT without a topic": (0.4, 0.2, 0.6, 0.5, 0.4, 2.0), "external 1.0": (0.9, 0.05, 0.9, 0.1, 0.4, 1.5), "external, as varied": (0.7, 0.05, 0.9, 0.1, 0.4, 1.5),
+    "task at half rate": (0.8, 0.4, 0.8, 0.4, 0.5, 1.5)}
 SPREAD = 0.01
 
 
@@ -61,4 +63,6 @@ def tables() -> dict[str, list[dict[str, Any]]]:
     calibration = [{"quantity": f"quantity {i % 3}", "estimator": f"estimator {i}", "rows": 32, "repeats": 500, "undefined": 0, "exact": 1.0, "mean": 1.0 + i / 100,
                     "bias": i / 100, "bias_error": 0.01, "spread": 0.2, "coverage": 0.95, "coverage_low": 0.93, "coverage_high": 0.97, "seconds": 0.01,
                     "of_pass": 1.0} for i in range(6)]
-    return {"calibration": calibration, "arms": arms, "accounts": accounts, "forces": forces, "push": push, "dose": dose, "start": start, "sweeps": found}
+    sampled = [{"arm": a, "seed": s, "step": k, **course(a, s, k), "recorded_drift": k, "recorded_kl": course(a, s, k)["kl"], "recorded_kl_error": 0.01}
+               for a in ARMS for k in STEPS for s in seeds]
+    return {"calibration": calibration, "sampled": sampled, "arms": arms, "accounts": accounts, "forces": forces, "push": push, "dose": dose, "start": start, "sweeps": found}

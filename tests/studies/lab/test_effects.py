@@ -82,13 +82,16 @@ def test_every_prediction_s_effect_by_hand() -> None:
         "C6/lab/slope": 0.02, "C6/lab/push": 0.5 + MEAN, "C6/lab/against the task": -0.2 - MEAN,
         "C7/lab/selective": 0.75 - 0.5, "C7/lab/dose, early": math.log(1.1), "C7/lab/dose, end": 10.0, "C7/lab/dose, end, Gauss-Newton": math.log(1.2),
         "C8/lab/kl": 0.6, "C8/lab/content": -0.05, "C8/lab/order": 1.0, "C9/lab/kl": 0.9 / 1.0, "C9/lab/content": 0.3 / 0.6,
-        "C10/lab/kl": spared(kl), "C10/lab/content": spared(said), "C11/lab/exact": 0.1, "C11/lab/paper": -0.5}
+        "C2/lab/kl, sampled": kl["foreign/old"], "C3/lab/kl, sampled": share(kl), "C5/lab/kl, ends": 2.0, "C8/lab/kl, as varied": 0.4,
+        "C7/lab/selective, equal dose": np.mean([(0.1 + d) / (0.4 + d) - (0.3 + d) / (0.8 + d) for d in SPREAD * np.arange(N)]),
+        "C10/lab/kl, sampled": spared(kl), "C11/lab/paper, sampled": -0.5, "C10/lab/kl": spared(kl), "C10/lab/content": spared(said), "C11/lab/exact": 0.1, "C11/lab/paper": -0.5}
     for name, value in expected.items():
         assert found[name].value == pytest.approx(value, rel=1e-9), name
         assert found[name].low <= found[name].value <= found[name].high, name
     assert set(found) - set(expected) == {"C5/lab/content"}
     verdicts = {p.id: judge(found[p.id], sesoi=p.sesoi, predicted=p.predicted) for p in PREDICTIONS}
-    assert {name for name, v in verdicts.items() if v != "supported"} == {"C3/lab/content", "C7/lab/dose, end", "C8/lab/content", "C9/lab/content"}
+    assert {name for name, v in verdicts.items() if v != "supported"} == {
+        "C3/lab/content", "C7/lab/selective, equal dose", "C7/lab/dose, end", "C8/lab/content", "C9/lab/content"}
     assert verdicts["C9/lab/content"] == verdicts["C7/lab/dose, end"] == "contradicted"
 
 

@@ -26,10 +26,9 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
 
     monkeypatch.setattr(command, "make", make)
     profile = command.PROFILES["quick"]
-    monkeypatch.setitem(command.PROFILES, "quick", command.Profile(setup=command.Setup(seeds=hand.N), quick=True, repeats=profile.repeats))
+    monkeypatch.setitem(command.PROFILES, "quick", command.Profile(setup=command.Setup(seeds=hand.N), quick=True, repeats=profile.repeats, slow_repeats=profile.slow_repeats))
     for module in (effects, figures):
         monkeypatch.setattr(module, "over_seeds", lambda statistic, n, draws=0: over_seeds(statistic, n, draws=30))
-    monkeypatch.setattr(figures.calibration, "draw", lambda rows, folder, provenance: [], raising=False)
     monkeypatch.setattr(Figure, "savefig", lambda self, path, **kwargs: path.write_text("drawn"))
     return asked
 
@@ -38,7 +37,8 @@ def test_the_ledger_says_what_the_lab_found(made: list[tuple], tmp_path: Path, c
     folder = tmp_path / "figures"
     options = ["--runs", str(tmp_path / "runs"), "--figures", str(folder), "--workers", "1"]
     assert command.main(options) == 0
-    assert made == [(command.PROFILES["quick"].setup, tmp_path / "runs" / "lab", 1, {"quick": True, "repeats": 500})]
+    assert [m[:3] for m in made] == [(command.PROFILES["quick"].setup, tmp_path / "runs" / "lab", 1)]
+    assert made[0][3]["quick"] is True and made[0][3]["repeats"]["gradients"] == 500 and made[0][3]["repeats"]["fishers"] == 50
     shown = capsys.readouterr().out
     assert ledger.main(["--figures", str(folder)]) == 0  # each effect is judged again there
     with (folder / "ledger.csv").open(newline="") as file:

@@ -21,6 +21,11 @@ def conditions(base: Setup, *, quick: bool) -> list[Sweep]:
     return [Sweep(name, value, setup, {"foreign/new": cell("foreign", "new")}) for name, value, setup in settings[: 2 if quick else 3]]
 
 
+def repeats(n: int) -> dict[str, int]:
+    """Of two groups of estimators."""
+    return {"norms": n, "divergences": n}
+
+
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Units run here, what is dear put by a stub; the names of those that were not on disk."""
@@ -33,7 +38,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(module, "work", here)
     monkeypatch.setattr(module, "main_arms", lambda: ARMS)
     monkeypatch.setattr(module.sweeps, "sweeps", conditions)
-    monkeypatch.setattr(module.calibration, "GROUPS", ("norms", "divergences"))
+    monkeypatch.setattr(module.sampled, "sampled", lambda bases, seed: [{"arm": "drawn", "seed": seed}])
     monkeypatch.setattr(module.calibration, "calibrate", lambda bases, group, repeats: [{"quantity": group, "repeats": repeats}])
     monkeypatch.setattr(module.courses, "forces", lambda bases, seed: [{"source": "exact", "seed": seed}])
     monkeypatch.setattr(module.courses, "seed_tables", lambda bases, seed, arms, weights: {
@@ -42,10 +47,11 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_every_table_has_the_rows_of_its_units_in_order(asked: list[str], tmp_path: Path) -> None:
-    found = make(SETUP, tmp_path, 1, quick=False, repeats=7)
-    assert set(found) == {"calibration", "forces", "arms", "sweeps", "accounts", "start"}
+    found = make(SETUP, tmp_path, 1, quick=False, repeats=repeats(7))
+    assert set(found) == {"calibration", "sampled", "forces", "arms", "sweeps", "accounts", "start"}
     assert found["calibration"] == [{"quantity": "norms", "repeats": 7}, {"quantity": "divergences", "repeats": 7}]
     assert found["forces"] == [{"source": "exact", "seed": s} for s in range(2)] and found["start"] == [{"seed": s} for s in range(2)]
+    assert found["sampled"] == [{"arm": "drawn", "seed": s} for s in range(2)]
     assert [(r["sweep"], r["value"], r["step"], r["seed"]) for r in found["sweeps"]] == [
         (name, value, k, s) for name, value in (("share", 1 / 3), ("lr", 0.1), ("phase", 1.0)) for k in (0, 2) for s in range(2)]
     # The arms' weights are each arm's own, whichever part they were trained in.
@@ -60,29 +66,29 @@ def test_every_table_has_the_rows_of_its_units_in_order(asked: list[str], tmp_pa
 
 
 def test_what_is_on_disk_is_not_made_again_unless_it_would_differ(asked: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def made(setup: Setup = SETUP, *, quick: bool = True, repeats: int = 7) -> set[str]:
+    def made(setup: Setup = SETUP, *, quick: bool = True, n: int = 7) -> set[str]:
         asked.clear()
-        make(setup, tmp_path, 1, quick=quick, repeats=repeats)
+        make(setup, tmp_path, 1, quick=quick, repeats=repeats(n))
         return {name.split("-")[0].split(".")[0].rstrip("0123456789") for name in asked}
 
-    everything = {"weights", "calibration", "forces", "arms", "seed", "sweep"}
+    everything = {"weights", "calibration", "sampled", "forces", "arms", "seed", "sweep"}
     assert made() == everything and made() == set()
     assert made(quick=False) == {"sweep"} and len(asked) == 1  # the one more
-    assert made(repeats=8) == {"calibration"}
+    assert made(n=8) == {"calibration"}
     assert made(replace(SETUP, lr=0.01)) == everything and made() == set()
     monkeypatch.delattr(Bases, "make")  # bases are on disk, too
-    assert made(replace(SETUP, lr=0.01), repeats=9) == {"calibration"}
+    assert made(replace(SETUP, lr=0.01), n=9) == {"calibration"}
 
 
 def test_other_code_makes_other_tables(asked: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    make(SETUP, tmp_path, 1, quick=True, repeats=7)
+    make(SETUP, tmp_path, 1, quick=True, repeats=repeats(7))
     before, code = len(asked), module._code
     monkeypatch.setattr(module, "_code", lambda *stems: code(*stems) + "changed")
-    make(SETUP, tmp_path, 1, quick=True, repeats=7)
+    make(SETUP, tmp_path, 1, quick=True, repeats=repeats(7))
     assert len(asked) == 2 * before and len(list(tmp_path.iterdir())) == 2
     stems = {p.stem for p in Path(module.__file__).parent.glob("*.py")} - {
-        "__init__", "__main__", "units", "tables", "effects", "figures", "predictions", "calibration", "drawing"}  # these make no tables, or their own
+        "__init__", "__main__", "units", "tables", "effects", "figures", "predictions", "calibration", "drawing", "sampled"}  # these make no tables, or their own
     seen: list[tuple[str, ...]] = []
     monkeypatch.setattr(module, "_code", lambda *named: seen.append(named) or code(*named))
-    make(SETUP, tmp_path, 1, quick=True, repeats=7)
+    make(SETUP, tmp_path, 1, quick=True, repeats=repeats(7))
     assert set(seen[0]) == stems
