@@ -55,7 +55,7 @@ def work(units: Sequence[Unit], folder: Path, workers: int, what: str) -> list[A
             running = {pool.submit(_do, unit, folder): unit for unit in todo}
             while running:
                 done, _ = wait(running, return_when=FIRST_COMPLETED)
-                for future in done:
+                for future in [f for f in running if f in done]:  # in their order, whichever came first
                     unit = running.pop(future)
                     if error := future.exception():
                         error.add_note(f"in {unit.name} ({what})")
