@@ -7,10 +7,12 @@
 
 import difflib
 import shlex
+from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any, get_args, get_type_hints
 
 from sasft.errors import UsageError
+from sasft.methods import constraints, divergence, lfu, penalties, spin, weighting
 from sasft.methods.base import Batch, Costs, Method, Objective, Scored, Workshop, of_sources, response_loss, score
 
 __all__ = ["METHODS", "Batch", "Costs", "Method", "Objective", "Scored", "Workshop", "method", "of_sources", "parse_method",
@@ -18,6 +20,11 @@ __all__ = ["METHODS", "Batch", "Costs", "Method", "Objective", "Scored", "Worksh
 
 METHODS: dict[str, type[Method]] = {kind.name: kind for kind in (
     Method,
+    constraints.SaSft, constraints.Freeze, constraints.Lora, constraints.LowLearningRate, constraints.WiseFt,
+    penalties.L2Sp, penalties.Ewc,
+    divergence.KlSelf, divergence.KlTask, divergence.OnlineReplay,
+    weighting.Stm, weighting.Dft, weighting.Asft, weighting.Ual,
+    lfu.Lfu, spin.Spin,
 )}
 """Every method by its name."""
 
@@ -27,33 +34,37 @@ def method(name: str, **options: Any) -> Method:
 
     Raises :class:`UsageError` for a name or an option that there is not, and says to which methods an option belongs.
     """
-    if name not in METHODS:
-        near = difflib.get_close_matches(name, METHODS, n=1, cutoff=0.5)
-        guess = f" Did you mean {near[0]}?" if near else ""
-        raise UsageError(f"there is no method {name!r}.{guess} There are: {', '.join(METHODS)}")
-    known = [f.name for f in fields(METHODS[name])]
-    for option in options:
-        if option not in known:
-            owners = [other for other, kind in METHODS.items() if option in {f.name for f in fields(kind)}]
-            whose = f"; it is an option of {', '.join(owners)}" if owners else ""
-            raise UsageError(f"the method {name} has no option {option!r}{whose}. Its options: {', '.join(known) or 'none'}")
-    return METHODS[name](**options)
+    return _kind(name, options)(**options)
 
 
 def parse_method(name: str, text: str = "") -> Method:
-    """As :func:`method`, with the options as text: ``name=value`` pairs with blanks between them."""
+    """As :func:`method`, with the options as text: ``name=value`` pairs with blanks between them.
+
+    >>> parse_method("l2-sp", "weight=0.5").describe()
+    {'name': 'l2-sp', 'weight': 0.5}
+    """
     given: dict[str, str] = {}
     for part in shlex.split(text):
         key, equals, value = part.partition("=")
         if not equals:
             raise UsageError(f"options of a method are given as name=value with blanks between them, got {part!r}")
         given[key] = value
-    method(name, **{key: value for key, value in given.items() if not _has(name, key)})  # refuses what there is not
-    return METHODS[name](**{key: _value(METHODS[name], key, value) for key, value in given.items()})
+    kind = _kind(name, given)
+    return kind(**{key: _value(kind, key, value) for key, value in given.items()})
 
 
-def _has(name: str, option: str) -> bool:
-    return name in METHODS and option in {f.name for f in fields(METHODS[name])}
+def _kind(name: str, options: Iterable[str]) -> type[Method]:
+    if name not in METHODS:
+        near = difflib.get_close_matches(name, METHODS, n=1, cutoff=0.5)
+        guess = f" Did you mean {near[0]}?" if near else ""
+        raise UsageError(f"there is no method {name!r}.{guess} There are: {', '.join(METHODS)}")
+    takes = {other: [f.name for f in fields(kind)] for other, kind in METHODS.items()}
+    for option in options:
+        if option not in takes[name]:
+            owners = [other for other, names in takes.items() if option in names]
+            whose = f"; it is an option of {', '.join(owners)}" if owners else ""
+            raise UsageError(f"the method {name} has no option {option!r}{whose}. Its options: {', '.join(takes[name]) or 'none'}")
+    return METHODS[name]
 
 
 def _value(kind: type[Method], key: str, text: str) -> Any:

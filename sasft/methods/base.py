@@ -157,10 +157,10 @@ def response_loss(model: nn.Module, batch: Batch) -> Tensor:
     return scored.total(nn.functional.cross_entropy(scored.logits.float(), scored.labels, reduction="none"))
 
 
-def of_sources(batch: Batch, names: Sequence[str], device: torch.device | None = None) -> Tensor:
-    """Which rows of a batch come from the sources ``names``: [B], boolean.
+def of_sources(batch: Batch, names: Sequence[str]) -> Tensor:
+    """Which rows of a batch come from the sources ``names``: [B], boolean, on the CPU.
 
     >>> of_sources({"source": ["task", "self", "task"]}, ["self"]).tolist()
     [False, True, False]
     """
-    return torch.tensor([source in names for source in batch["source"]], device=device)
+    return torch.tensor([source in names for source in batch["source"]])

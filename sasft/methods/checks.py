@@ -1,0 +1,30 @@
+"""Checks that methods share."""
+
+from collections.abc import Mapping, Sequence
+
+from sasft.chat import Encoded
+from sasft.errors import UsageError
+
+
+def source_names(on: str) -> tuple[str, ...]:
+    """``task,web`` as names of sources."""
+    names = tuple(filter(None, (name.strip() for name in on.split(","))))
+    if not names:
+        raise UsageError(f"on must name sources of the mix, as on=task or on=task,web; got {on!r}")
+    return names
+
+
+def check_weights(low: float = 0.0, high: float = float("inf"), **values: float) -> None:
+    """Raise :class:`UsageError` for a value that is no number in [low, high], infinity left out."""
+    for name, value in values.items():
+        if not low <= value <= high or value == float("inf"):
+            wanted = f"a number >= {low}" if high == float("inf") else f"a number in [{low}, {high}]"
+            raise UsageError(f"{name} must be {wanted}, got {value}")
+
+
+def need_rows(method: str, rows: Mapping[str, Sequence[Encoded]], on: str) -> None:
+    """Raise :class:`UsageError` if a source that the method works on has no rows."""
+    for name in source_names(on):
+        if not rows.get(name):
+            having = ", ".join(source for source, found in rows.items() if found)
+            raise UsageError(f"the method {method} works on rows of the source {name!r}, which has none; there are rows of {having}")
