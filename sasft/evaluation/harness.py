@@ -1,0 +1,89 @@
+"""lm-evaluation-harness as one more source of scores (extra: ``pip install lm-eval``), with its per-item results in our
+records."""
+
+import importlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+from sasft.errors import UsageError
+from sasft.evaluation.subject import Subject
+from sasft.evaluation.suites import Item, Suite
+
+
+@dataclass(frozen=True, kw_only=True)
+class Harness(Suite):
+    """A task or group of lm-eval, ``lm_eval:hellaswag``, run through ``lm_eval.simple_evaluate`` on the model in hand.
+
+    The chat template is on and shots are turns. ``task_folder``: lm-eval's YAML files of tasks of one's own, which may name
+    local data files; without it tasks come from the hub. lm-eval batches and caches by itself, so that a stopped task starts
+    anew.
+    """
+
+    task: str
+    shots: int | None = None
+    task_folder: str | None = None
+    items: Sequence[Item] = ()
+    metrics: tuple[str, ...] = ()
+    source: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _library("lm_eval")
+
+    def prompt_ids(self, subject: Subject, item: Item) -> Sequence[int]:
+        raise NotImplementedError("lm-eval renders its own prompts")
+
+    def measure(self, subject: Subject, items: Sequence[Item]) -> list[dict[str, Any]]:
+        raise NotImplementedError("lm-eval measures whole tasks: see run()")
+
+    def run(self, subject: Subject, limit: int | None) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """Records of all items, and what lm-eval says of its tasks: their versions and its own aggregate scores."""
+        lm_eval = _library("lm_eval")
+        wrapped = _library("lm_eval.models.huggingface").HFLM(
+            pretrained=subject.model, tokenizer=subject.chat.tokenizer, batch_size=subject.batch_size)
+        manager = _library("lm_eval.tasks").TaskManager(include_path=self.task_folder)
+        try:
+            found = lm_eval.simple_evaluate(
+                model=wrapped, tasks=[self.task], num_fewshot=self.shots, limit=limit, log_samples=True, task_manager=manager,
+                apply_chat_template=True, fewshot_as_multiturn=True, random_seed=subject.seed, numpy_random_seed=subject.seed,
+                torch_random_seed=subject.seed, fewshot_random_seed=subject.seed)
+        except (KeyError, ValueError, OSError) as error:
+            raise UsageError(f"lm-eval can't run {self.task!r} ({type(error).__name__}: {error}); `lm-eval ls tasks` lists its "
+                             "tasks, task_folder names YAML files of your own, which may read local data, and hub sets need a "
+                             "connection") from error
+        records = harness_records(found["samples"])
+        if not records:
+            raise UsageError(f"lm-eval gave no item of {self.task!r} a score that is a number")
+        return records, {"lm_eval": lm_eval.__version__, "task_versions": found.get("versions", {}), "results": found["results"]}
+
+
+def harness_records(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """One record an item of lm-eval's logged samples ({task: samples}), scores of several filters side by side.
+
+    A metric is called ``metric,filter``, as lm-eval's results call it. Scores that are no numbers (the counts that make up a
+    corpus perplexity, say) are left to the aggregates.
+
+    >>> sample = {"doc_id": 3, "prompt_hash": "ab", "filter": "strict-match", "metrics": ["exact_match"], "exact_match": 1.0}
+    >>> harness_records({"gsm8k": [sample, {**sample, "filter": "flexible-extract"}]})[0]["scores"]
+    {'exact_match,strict-match': (1.0, 1.0), 'exact_match,flexible-extract': (1.0, 1.0)}
+    """
+    records: dict[tuple[str, Any], dict[str, Any]] = {}
+    for task, logged in samples.items():
+        for sample in logged:
+            key = (task, sample["doc_id"])
+            record = records.setdefault(key, {"id": f"{task}/{sample['doc_id']}", "group": task, "scores": {},
+                                              "prompt_sha256": sample["prompt_hash"]})
+            record["scores"] |= {f"{name},{sample['filter']}": (float(sample[name]), 1.0) for name in sample["metrics"]
+                                 if isinstance(sample.get(name), (bool, int, float))}
+    return [record for record in records.values() if record["scores"]]
+
+
+def _library(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not name.startswith(error.name):
+            raise  # something that lm-eval needs itself
+        raise UsageError("suites that begin with lm_eval: need lm-evaluation-harness, which is not installed; run: pip install "
+                         "lm-eval") from error

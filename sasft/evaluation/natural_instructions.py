@@ -1,0 +1,86 @@
+"""Tasks of Super-NaturalInstructions, from files in two shapes or from the hub."""
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from sasft.errors import UsageError
+from sasft.evaluation.checked import reference_suite
+from sasft.evaluation.request import Request
+from sasft.evaluation.sources import Hub, Source, check_columns, read_jsonl
+from sasft.evaluation.suites import Item, Suite, turns, user
+from sasft.files import sha256_file
+
+_HOME = "https://github.com/allenai/natural-instructions/tree/master/tasks"
+_FILE = re.compile(r"(task\d+_\w+)(?:\.test)?\.jsonl?")
+
+
+def super_ni(request: Request) -> Suite:
+    """A task of Super-NaturalInstructions (arXiv 2204.07705), ``super_ni:task024``: ROUGE-L and exact match over all references.
+
+    The prompt is the task's definition, a blank line and the input, as in training rows of the shape instruction, input,
+    output. Reads ``super_ni/<task>.test.jsonl`` (id, input, output) beside its ``definition.txt``, or a JSON file as the authors
+    publish it (Definition, Instances). Shots: positive examples of the latter, the first rows of ``train.jsonl`` for the former;
+    the set on the hub has neither.
+    """
+    task = _task(request)
+    shots = [(f"{task.definition}\n\n{asked}", said) for asked, said in request.examples(task.examples)]
+    items = [Item(id=i, asked=asked, gold=gold, prompt=user(f"{task.definition}\n\n{asked}", *turns(shots)))
+             for i, asked, gold in task.instances]
+    return reference_suite(request.spec, items, task.source, max_new_tokens=128)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """``instances``: (id, input, references); ``examples``: (input, output)."""
+
+    definition: str
+    instances: list[tuple[str, str, list[str]]]
+    examples: list[tuple[str, str]]
+    source: dict[str, Any]
+
+
+def _task(request: Request) -> _Task:
+    """The task from a file of the folder of data, or from the hub."""
+    folder = None if request.folder is None else request.folder / "super_ni"
+    files = sorted(folder.iterdir()) if folder is not None and folder.is_dir() else []
+    known = {match[1]: path for path in files if (match := _FILE.fullmatch(path.name))}
+    if not re.fullmatch(r"task\d+\w*", request.part):
+        raise UsageError(f"suite {request.spec!r} needs a task, such as super_ni:task024; in the folder of data there are "
+                         f"{', '.join(known) or 'none'}")
+    named = [task for task in known if task == request.part or task.startswith(request.part + "_")]
+    if len(named) > 1:
+        raise UsageError(f"suite {request.spec!r} names several tasks: {', '.join(named)}")
+    if not named:
+        return _from_hub(request.part)
+    path = known[named[0]]
+    provenance = {"file": f"super_ni/{path.name}", "sha256": sha256_file(path)}
+    if path.suffix == ".json":
+        task = json.loads(path.read_text(encoding="utf-8"))
+        check_columns([task], ("Definition", "Positive Examples", "Instances"), str(path))
+        check_columns(task["Instances"], ("input", "output"), f"Instances of {path}")
+        definition = task["Definition"] if isinstance(task["Definition"], str) else " ".join(task["Definition"])
+        return _Task(definition, [(str(r.get("id", i)), r["input"], list(r["output"])) for i, r in enumerate(task["Instances"])],
+                     [(e["input"], e["output"]) for e in task["Positive Examples"]], provenance)
+    rows = read_jsonl(path)
+    check_columns(rows, ("id", "input", "output"), str(path))
+    text, train = (path.with_name(f"{named[0]}.{end}") for end in ("definition.txt", "train.jsonl"))
+    if not text.exists():
+        raise UsageError(f"{text} is missing: it holds the task's definition, which every prompt begins with")
+    examples = [(r["input"], r["output"]) for r in read_jsonl(train)] if request.shots and train.exists() else []
+    return _Task(text.read_text(encoding="utf-8").strip(), [(str(r["id"]), r["input"], [r["output"]]) for r in rows], examples,
+                 provenance)
+
+
+def _from_hub(part: str) -> _Task:
+    source = Source(title=f"Super-NaturalInstructions, {part}", file=f"super_ni/{part}_<name>.json", home=_HOME,
+                    columns=("id", "definition", "inputs", "targets"), form="the task's JSON file as it is",
+                    hub=Hub(name="Muennighoff/natural-instructions", split="train+test",
+                            revision="a29a9757125f4bb1c26445ad0d2ef7d9b2cc9c4c",
+                            keep=lambda row: row["task_name"] == part or row["task_name"].startswith(part + "_")))
+    rows, provenance = source.read(None)
+    references: dict[tuple[str, str], list[str]] = {}  # an instance with several has a row for each
+    for row in rows:
+        references.setdefault((str(row["id"]), row["inputs"]), []).append(row["targets"])
+    return _Task(rows[0]["definition"], [(i, asked, gold) for (i, asked), gold in references.items()], [], provenance)

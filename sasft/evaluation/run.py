@@ -1,0 +1,242 @@
+"""Evaluating a model on suites: per-item records on disk, a summary with standard errors, a table. A stopped run goes on."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from drift.divergence_probe import NO_ADAPTERS
+from sasft.chat import Chat
+from sasft.data import read_rows
+from sasft.errors import UsageError
+from sasft.evaluation.benchmarks import BENCHMARKS
+from sasft.evaluation.builtin import BUILT_IN
+from sasft.evaluation.contamination import contaminated
+from sasft.evaluation.harness import Harness
+from sasft.evaluation.request import Request
+from sasft.evaluation.sources import FOLDER_VARIABLE, data_folder
+from sasft.evaluation.subject import Base, Subject
+from sasft.evaluation.suites import Item, Suite
+from sasft.evaluation.summary import read_records, summarise, table
+from sasft.files import JsonlWriter, ensure_writable, write_json
+from sasft.models import load_model, weights_hash
+from sasft.precision import Precision
+from sasft.settings import option
+from sasft.versions import versions
+
+SUITES = {**BENCHMARKS, **BUILT_IN}
+"""Suites by name; ``lm_eval:<task>`` names one of lm-evaluation-harness's."""
+
+
+@dataclass(kw_only=True)
+class MeasureSettings:
+    """How a model in hand is measured."""
+
+    data: str | None = option(None, f"folder of benchmarks' files; without it {FOLDER_VARIABLE}, without both the hub")
+    limit: int = option(0, "items of every suite, the same ones in every run; 0 for all")
+    batch_size: int = option(16, "items that are run together; scores don't depend on it beyond rounding")
+    precision: Precision = option("fp32", "precision of the forward pass: fp32 leaves the weights' own, bf16 is autocast")
+    temperature: float = option(0.0, "sampling temperature of written answers; 0 takes the most probable token")
+    seed: int = option(0, "seed of sampled answers; each depends on it and on its item alone")
+    max_new_tokens: int = option(0, "length cap of an answer in tokens; 0 for each suite's own")
+    training: str | None = option(None, "JSONL files of training rows, separated by commas, to look for the questions in")
+    task_folder: str | None = option(None, "folder of lm-eval task files (YAML) of your own")
+
+    def __post_init__(self) -> None:
+        for name, least in (("limit", 0), ("batch_size", 1), ("max_new_tokens", 0), ("temperature", 0)):
+            if getattr(self, name) < least:
+                raise UsageError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if self.precision not in ("bf16", "fp32"):
+            raise UsageError(f"precision must be bf16 or fp32, got {self.precision!r}")
+
+
+@dataclass(kw_only=True)
+class EvaluateSettings(MeasureSettings):
+    """Scores of a model on suites of questions, with standard errors, into a folder; per-item results beside them."""
+
+    model: str = option("smollm2-135m-instruct", "embedded model name, local folder (a LoRA adapter's too), or hub id (org/name)")
+    revision: str | None = option(None, "revision of a hub model")
+    suites: str = option("instructions,task:sums,text", f"what to measure, separated by commas: name[:part][@shots]; names are "
+                                                        f"{', '.join(SUITES)}, lm_eval")
+    out: str = option("", "folder of the results; results already there are kept, and the run goes on after them")
+    base: str | None = option(None, "model to which KL is measured, or 'without adapters'")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.out:
+            raise UsageError("out is missing: name a folder for the results")
+
+
+def evaluate(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    suites: Sequence[str | Suite],
+    out: Path | str,
+    settings: MeasureSettings | None = None,
+    *,
+    base: Base = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Measure a model on suites; returns the summary that ``out/summary.json`` holds.
+
+    ``suites``: names as in :data:`SUITES`, ``name[:part][@shots]``, or :class:`Suite` objects of one's own. ``base``: the model
+    to which KL is measured where a suite predicts given tokens, or ``"without adapters"``.
+
+    ``out`` holds ``items.jsonl`` (one record an item: its scores as total and weight, the answer, the SHA-256 of the tokens of
+    its prompt), ``config.json`` (what the scores hang on: hashes of weights and chat template, generation settings, versions)
+    and ``summary.json``. The same call goes on where it was stopped; other suites join those there; another model or setting is
+    refused.
+
+    Raises :class:`UsageError`, before any item is run, for unknown suites, sets that are missing, empty or of another shape,
+    prompts that the template refuses, and a folder that holds another run.
+    """
+    settings = MeasureSettings() if settings is None else settings
+    out, chat = Path(out), Chat(tokenizer)
+    made = [suite if isinstance(suite, Suite) else make_suite(suite, chat, settings) for suite in suites]
+    _check(made)
+    subject = Subject(model=model, chat=chat, base=base, precision=settings.precision, temperature=settings.temperature,
+                      seed=settings.seed, batch_size=settings.batch_size, max_new_tokens=settings.max_new_tokens)
+    found_in_training = {suite.name: _contaminated(suite, settings) for suite in made}
+    ensure_writable(out)
+    identity = _identity(subject)
+    _claim(out / "config.json", identity)
+    summary: dict[str, Any] = {"identity": identity, "suites": {}}
+    if (path := out / "summary.json").exists():
+        summary["suites"] = json.loads(path.read_text(encoding="utf-8"))["suites"]
+    for suite in made:
+        source = dict(suite.source)
+        if isinstance(suite, Harness):
+            records, details = _run_harness(suite, subject, out, settings.limit or None, summary["suites"].get(suite.name))
+            source |= details
+        else:
+            records = _run(suite, subject, out, choose(suite.items, settings.limit), progress)
+        summary["suites"][suite.name] = {"source": source, **summarise(records, suite.metrics, found_in_training[suite.name])}
+        write_json(path, summary)
+    return summary
+
+
+def run(settings: EvaluateSettings) -> dict[str, Any]:
+    """Load the model (and the base), evaluate, print the table; returns the summary."""
+    names = [name.strip() for name in settings.suites.split(",") if name.strip()]
+    model, tokenizer = load_model(settings.model, revision=settings.revision)
+    base: Base = None
+    if settings.base is not None:
+        base = NO_ADAPTERS if settings.base == NO_ADAPTERS else load_model(settings.base)[0]
+    summary = evaluate(model, tokenizer, names, settings.out, settings, base=base)
+    print(table(summary))
+    return summary
+
+
+def make_suite(spec: str, chat: Chat, settings: MeasureSettings) -> Suite:
+    """The suite that ``name[:part][@shots]`` names."""
+    whole, at, shots = spec.rpartition("@")
+    named = whole if at and shots.isdigit() else spec
+    name, _, part = named.partition(":")
+    n = int(shots) if named is whole else None
+    if name == "lm_eval":
+        if not part:
+            raise UsageError(f"suite {spec!r} needs a task of lm-eval: lm_eval:hellaswag")
+        return Harness(name=spec, task=part, shots=n, task_folder=settings.task_folder)
+    if name not in SUITES:
+        raise UsageError(f"there is no suite {name!r}; there are {', '.join(SUITES)} and lm_eval:<task>")
+    return SUITES[name](Request(spec=spec, part=part, shots=n or 0, folder=data_folder(settings.data), chat=chat))
+
+
+def choose(items: Sequence[Item], limit: int) -> list[Item]:
+    """``limit`` of the items (all for 0), spread over the suite by a hash of their ids: the same in every run, and nested."""
+    if not limit:
+        return list(items)
+    return sorted(items, key=lambda item: hashlib.sha256(item.id.encode()).digest())[:limit]
+
+
+def _run(suite: Suite, subject: Subject, out: Path, items: Sequence[Item], progress: bool) -> list[dict[str, Any]]:
+    """The records of these items, in their order, each batch on the disk as it ends."""
+    shown = {item.id: suite.prompt_ids(subject, item) for item in items}
+    hashes = {name: hashlib.sha256(" ".join(map(str, ids)).encode()).hexdigest() for name, ids in shown.items()}
+    done = {r["id"]: r for r in read_records(out, suite.name) if r["id"] in hashes}
+    for name, record in done.items():
+        if record["prompt_sha256"] != hashes[name]:
+            raise UsageError(f"{out} holds results of {suite.name} on other prompts (item {name}); name another folder")
+    # Batches are formed before finished items are left out, so that a run that goes on forms the same ones.
+    ordered = sorted(items, key=lambda item: (len(shown[item.id]), item.id))
+    batches = [ordered[i : i + subject.batch_size] for i in range(0, len(ordered), subject.batch_size)]
+    with (JsonlWriter(out / "items.jsonl") as sink,
+          tqdm(total=len(items), initial=len(done), desc=suite.name, unit="item", disable=not progress,
+               dynamic_ncols=True) as bar):
+        for batch in batches:
+            left = [item for item in batch if item.id not in done]
+            if left:
+                new = [{"suite": suite.name, "id": item.id, **({"group": item.group} if item.group else {}),
+                        "prompt_sha256": hashes[item.id], **record}
+                       for item, record in zip(left, suite.measure(subject, left), strict=True)]
+                sink.write(new)
+                done |= {r["id"]: r for r in new}
+                bar.update(len(left))
+    return [done[item.id] for item in items]
+
+
+def _run_harness(suite: Harness, subject: Subject, out: Path, limit: int | None,
+                 before: Mapping[str, Any] | None) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Records of a whole task of lm-eval, which are written all together or not at all."""
+    there = read_records(out, suite.name)
+    if before is not None and there:
+        if before["source"]["limit"] != limit:
+            raise UsageError(f"{out} holds {suite.name} with limit {before['source']['limit']}, now {limit}; name another folder")
+        return there, dict(before["source"])
+    records, details = suite.run(subject, limit)
+    if not there:
+        with JsonlWriter(out / "items.jsonl") as sink:
+            sink.write([{"suite": suite.name, **record} for record in records])
+    return records, {**details, "limit": limit}
+
+
+def _identity(subject: Subject) -> dict[str, Any]:
+    """What scores hang on beside their suites."""
+    base = weights_hash(subject.base) if isinstance(subject.base, nn.Module) else subject.base
+    template = subject.chat.tokenizer.chat_template
+    return {"weights_sha256": weights_hash(subject.model), "base": base,
+            "chat_template_sha256": hashlib.sha256(str(template).encode()).hexdigest(), "precision": subject.precision,
+            "generation": {"temperature": subject.temperature, "seed": subject.seed,
+                           "max_new_tokens": subject.max_new_tokens or "suite's"},
+            "versions": versions()}
+
+
+def _claim(path: Path, identity: dict[str, Any]) -> None:
+    """Make the folder this evaluation's, or find that it is."""
+    if path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        if differing := [f"{k} is {before.get(k)!r}, now {v!r}" for k, v in identity.items() if before.get(k) != v]:
+            raise UsageError(f"{path.parent} holds the evaluation of another model, or under other settings: "
+                             f"{'; '.join(differing)}; name another folder")
+    else:
+        write_json(path, identity)
+
+
+def _check(suites: Sequence[Suite]) -> None:
+    if not suites:
+        raise UsageError(f"suites is empty; name at least one of {', '.join(SUITES)}")
+    names = [suite.name for suite in suites]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UsageError(f"suites are named twice: {', '.join(twice)}")
+    for suite in suites:
+        ids = [item.id for item in suite.items]
+        if not ids and not isinstance(suite, Harness):
+            raise UsageError(f"suite {suite.name!r} has no items")
+        if len(set(ids)) < len(ids):
+            raise UsageError(f"suite {suite.name!r}: ids of items must be distinct; "
+                             f"{next(i for i in ids if ids.count(i) > 1)!r} is not")
+
+
+def _contaminated(suite: Suite, settings: MeasureSettings) -> list[str] | None:
+    """Ids of the items whose question occurs in the training rows; None if nothing was looked at."""
+    asked = {item.id: item.asked for item in choose(suite.items, settings.limit) if item.asked}
+    if settings.training is None or not asked:
+        return None
+    files: Iterable[str] = (name.strip() for name in settings.training.split(",") if name.strip())
+    return contaminated(asked, (row for name in files for row in read_rows(name)))
