@@ -26,24 +26,30 @@ class RowsOfSources(Dataset):
 
 
 class MicroBatches:
-    """Every step of the plan cut into the same number of micro-batches, rows of similar length together, none empty."""
+    """Every step of the plan cut into the same number of micro-batches, rows of similar length together, none empty.
 
-    def __init__(self, plan: Plan, rows: Mapping[str, Sequence[Encoded]], micro_rows: int) -> None:
-        self.plan, self.rows = plan, rows
-        self.per_step = -(-max(map(len, plan)) // micro_rows)
+    With several processes, each takes as many of them: this one's are those that ``process`` is next for, so that lengths, and with
+    them times, are alike.
+    """
+
+    def __init__(self, plan: Plan, rows: Mapping[str, Sequence[Encoded]], micro_rows: int, processes: int = 1, process: int = 0) -> None:
+        self.plan, self.rows, self.processes, self.process = plan, rows, processes, process
+        self.a_process = -(-max(map(len, plan)) // (micro_rows * processes))
+        self.per_step = self.a_process * processes
         if self.per_step > min(map(len, plan)):
             raise UsageError(f"micro_rows={micro_rows} cuts the largest step into {self.per_step} micro-batches, more "
-                             f"than the {min(map(len, plan))} rows of the smallest step; raise micro_rows")
+                             f"than the {min(map(len, plan))} rows of the smallest step; raise micro_rows"
+                             + (f", or take fewer than {processes} processes" if processes > 1 else ""))
 
     def __iter__(self):
         for step in self.plan:
             ordered = sorted(step, key=lambda key: len(self.rows[key[0]][key[1]].input_ids))
             bounds = [part * len(ordered) // self.per_step for part in range(self.per_step + 1)]
-            for begin, end in pairwise(bounds):
+            for begin, end in list(pairwise(bounds))[self.process :: self.processes]:
                 yield ordered[begin:end]
 
     def __len__(self) -> int:
-        return len(self.plan) * self.per_step
+        return len(self.plan) * self.a_process
 
 
 def batch_of(items: Sequence[tuple[Key, Encoded]], pad_id: int, weights: Mapping[str, float]) -> dict[str, Any]:
@@ -61,8 +67,9 @@ def weighted_tokens(plan: Plan) -> list[float]:
 
 
 def check_reads(plan: Plan, rows: Mapping[str, Sequence[Encoded]]) -> None:
+    """Raise :class:`UsageError` if the plan reads a row that there is not."""
     for k, step in enumerate(plan, start=1):
         for source, index in step:
             if index >= len(rows.get(source, ())):
-                raise UsageError(f"step {k} of the plan reads row {index} of the source {source!r}, which has {len(rows.get(source, ()))} "
-                                 f"rows; rows are given for {', '.join(rows)}: lay the plan out over these")
+                raise UsageError(f"step {k} of the plan reads row {index} of the source {source!r}, which has "
+                                 f"{len(rows.get(source, ()))} rows; rows are given for {', '.join(rows)}: lay the plan out over these")

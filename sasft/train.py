@@ -115,15 +115,16 @@ class _Trainer(transformers.Trainer):
 
     loss_is_scaled_for_ga = True  # losses are sums over the step: nothing is left to average
 
-    def __init__(self, *, batches: MicroBatches, settings: FitSettings, objective: Objective | None, pad_id: int, **kwargs: Any) -> None:
+    def __init__(self, *, batches: MicroBatches, settings: FitSettings, objective: Objective | None, pad_id: int,
+                 **kwargs: Any) -> None:
         self.batches, self.settings, self.objective = batches, settings, objective
         plan = batches.plan
         self.divisors = [plan.divisor] * len(plan) if settings.loss == "sum" else weighted_tokens(plan)
         super().__init__(data_collator=lambda rows: batch_of(rows, pad_id, plan.loss_weights), **kwargs)
 
     def get_train_dataloader(self) -> DataLoader:
-        loader = DataLoader(self.train_dataset, batch_sampler=self.batches, collate_fn=self.data_collator)
-        return self.accelerator.prepare(loader)
+        # Not prepared by accelerate, which would deal out to processes what is theirs already.
+        return DataLoader(self.train_dataset, batch_sampler=self.batches, collate_fn=self.data_collator)
 
     def compute_loss_context_manager(self) -> AbstractContextManager:
         # Around the loss only: accelerate's bf16 mode would leave its wrapper on the model after training.
@@ -181,16 +182,15 @@ def fit(
 
     ``rows`` maps each source of the plan (``task``, ``self``, any other) to its encoded rows. ``objective`` is what a method
     makes of the untrained model (:mod:`sasft.methods`), None the cross-entropy. Checkpoints go to ``out/checkpoints``; if some
-    are there, training goes on from the last that is whole.
+    are there, training goes on from the last that is whole. Under ``accelerate launch`` or ``torchrun`` the processes share each
+    step's micro-batches; loss and weights are those of one process.
 
     Raises :class:`UsageError` if the plan reads rows that there are not.
     """
     check_reads(plan, rows)
-    batches = MicroBatches(plan, rows, settings.micro_rows)
     args = transformers.TrainingArguments(
         output_dir=str(out / "checkpoints"),
         max_steps=len(plan),
-        gradient_accumulation_steps=batches.per_step,
         learning_rate=settings.lr,
         lr_scheduler_type=settings.schedule,
         warmup_steps=settings.warmup_steps,
@@ -208,6 +208,8 @@ def fit(
         disable_tqdm=not progress,
         use_cpu=next(model.parameters()).device.type == "cpu",
     )
+    batches = MicroBatches(plan, rows, settings.micro_rows, args.world_size, args.process_index)
+    args.gradient_accumulation_steps = batches.a_process
     trainer = _Trainer(model=model, args=args, train_dataset=RowsOfSources(rows), batches=batches, settings=settings, objective=objective,
                        pad_id=pad_id, callbacks=[*([] if objective is None else [_Stages(objective)]), *callbacks])
     trainer.remove_callback(ProgressCallback if progress else transformers.PrinterCallback)

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from sasft.chat import IGNORE, Chat, Encoded
 from sasft.data import Row
@@ -143,6 +144,11 @@ def score(model: nn.Module, batch: Batch) -> Scored:
     counted = labels != IGNORE
     rows = counted.nonzero()[:, 0]
     return Scored(logits[counted], labels[counted], rows, batch["weight"][rows] if "weight" in batch else None)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside DDP, for a forward pass that not every process makes: DDP's own begins with all processes talking."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def response_loss(model: nn.Module, batch: Batch) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from sasft.chat import Encoded, collate
 from sasft.errors import UsageError
 from sasft.methods.answers import answer_rows, end_of_turn
-from sasft.methods.base import Batch, Costs, Method, Objective, Scored, of_sources, score
+from sasft.methods.base import Batch, Costs, Method, Objective, Scored, of_sources, score, unwrapped
 from sasft.methods.checks import check_weights, need_rows
 from sasft.methods.frozen_base import scored_rows, to_device
 from sasft.mixing import TASK
@@ -88,7 +88,7 @@ class _Spin(Objective):
         others = to_device(collate([self.opponents[i] for i in numbers], self.pad_id), scored.labels.device)
         self.costs.backward_tokens += int(others["attention_mask"].sum())
         mine = _by_row(scored, len(batch["labels"]))[at] - self.at_start[TASK][numbers].to(scored.labels.device)
-        theirs = _by_row(score(model, others), len(at)) - self.at_start[_OPPONENT][numbers].to(scored.labels.device)
+        theirs = _by_row(score(unwrapped(model), others), len(at)) - self.at_start[_OPPONENT][numbers].to(scored.labels.device)
         pairs = -nn.functional.logsigmoid(self.method.beta * (mine - theirs))
         if scored.weights is not None:
             pairs = pairs * batch["weight"][at]

@@ -1,0 +1,73 @@
+"""Two gloo processes train as one does, whatever the method."""
+
+import json
+import os
+import socket
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.multiprocessing import spawn
+
+from sasft.methods import method
+from tests.sasft.methods import cases
+
+METHODS = {
+    "sft": {}, "kl-self": {}, "l2-sp": {"weight": 3.0}, "online-replay": {"rows_per_step": 2, "buffer": 2, "max_new_tokens": 6},
+    "spin": {"max_new_tokens": 6}, "lfu": {"variant": "steering"}, "wise-ft": {},
+}
+
+
+def _train(folder: Path, name: str, lora: bool) -> None:
+    """Three steps, the losses and the weights left in ``folder``."""
+    out = folder / f"{name}-{lora}"
+    out.mkdir(parents=True, exist_ok=True)
+    chosen, model, data = method(name, **METHODS[name]), cases.tiny(), cases.rows()
+    if lora:
+        model = method("lora", r=2).prepare(model)
+    objective, data = cases.started(chosen, model, data)
+    log = cases.fit(model, data, cases.plan_of(data, 3), cases.FitSettings(**{**cases.SETTINGS, "micro_rows": 2}), pad_id=0,
+                    out=out / "run", objective=objective, progress=False)
+    if int(os.environ.get("RANK", "0")) == 0:
+        torch.save(cases.weights(model), out / "weights.pt")
+        (out / "losses.json").write_text(json.dumps([[e["loss"], e["grad_norm"]] for e in log if "loss" in e]))
+
+
+def _work(rank: int, folder: str, port: int) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
+                      ACCELERATE_USE_CPU="true")
+    torch.set_num_threads(1)
+    for name in METHODS:
+        _train(Path(folder), name, False)
+    _train(Path(folder), "kl-self", True)
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("two")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = spawn(_work, (str(folder), port), nprocs=2, join=False)
+    until = time.monotonic() + 120
+    while not processes.join(timeout=5):
+        if time.monotonic() > until:
+            for process in processes.processes:
+                process.kill()
+            pytest.fail(f"two processes wait for each other; finished: {sorted(p.parent.name for p in folder.glob('*/losses.json'))}")
+    return folder
+
+
+@pytest.mark.parametrize("name, lora", [*((name, False) for name in METHODS), ("kl-self", True)])
+def test_two_processes_give_the_losses_and_weights_of_one(name: str, lora: bool, two: Path, tmp_path: Path) -> None:
+    _train(tmp_path, name, lora)
+    ours, theirs = tmp_path / f"{name}-{lora}", two / f"{name}-{lora}"
+    one, both = (json.loads((folder / "losses.json").read_text()) for folder in (ours, theirs))
+    assert len(one) == 3
+    for (loss, norm), (other_loss, other_norm) in zip(one, both, strict=True):
+        assert other_loss == pytest.approx(loss, rel=1e-3) and other_norm == pytest.approx(norm, rel=1e-3)
+    alone, shared = torch.load(ours / "weights.pt"), torch.load(theirs / "weights.pt")
+    assert max(float((shared[n] - p).abs().max()) for n, p in alone.items()) < 2e-4
