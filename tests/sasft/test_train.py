@@ -1,7 +1,11 @@
 """Training against a loop written out, and the ways in which two trainings must be one."""
 
 import json
+import os
+import random
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -9,12 +13,15 @@ import torch
 from transformers import TrainerCallback
 
 import drift
+import sasft.methods
 from sasft.chat import Encoded, collate
 from sasft.errors import UsageError
-from sasft.mixing import SELF, TASK, Plan, make_plan
+from sasft.methods import Costs
+from sasft.mixing import SELF, TASK, Plan, make_plan, mix
 from sasft.models import LoraSettings, load_model, weights_hash
 from sasft.train import FitSettings, TrainSettings, fit, response_loss, train
 from tests.sasft import tiny_chat
+from tests.sasft.methods import cases
 
 MODULE = sys.modules["sasft.train"]  # the package's attribute of that name is the function
 QUESTIONS = ["What is it?", "Why?", "Say a word, please.", "How many are there?", "Go on", "And then?", "Who says so?", "Where?"]
@@ -270,3 +277,141 @@ def test_an_unwritable_folder_is_named_before_any_work(folder: Path) -> None:
     (folder / "run").write_text("a file in the way")
     with pytest.raises(UsageError, match="run"):
         train(settings(folder))
+
+
+# --- sources, weights and methods ---------------------------------------------------------------------------------
+
+
+def three() -> dict[str, list[Encoded]]:
+    return {TASK: encoded(), SELF: encoded(6, "well well"), "web": encoded(5, "a page")}
+
+
+def test_any_number_of_sources_is_trained_on(tmp_path: Path) -> None:
+    data = three()
+    plan = mix({s: [r.loss_tokens for r in of] for s, of in data.items()}, dict.fromkeys(data, 1), steps=3, rows_per_step=6)
+    model, plain = tiny_chat.chatty(), tiny_chat.chatty()
+    fit(model, data, plan, FitSettings(**SETTINGS), pad_id=0, out=tmp_path, progress=False)
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-2, weight_decay=0.0)
+    for step in plan:
+        assert {source for source, _ in step} == set(data)
+        (sum(response_loss(plain, collate([data[s][i]], 0)) for s, i in step) / plan.divisor).backward()
+        torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+        optimizer.step(), optimizer.zero_grad()
+    assert distance(model, plain) < 2e-4
+
+
+@pytest.mark.parametrize("loss", ["sum", "mean"])
+@pytest.mark.parametrize("micro_rows", [8, 1])
+def test_loss_weights_multiply_the_losses_of_their_rows(loss: str, micro_rows: int, tmp_path: Path) -> None:
+    data = three()
+    plan = mix({s: [r.loss_tokens for r in of] for s, of in data.items()}, {TASK: 2, SELF: 1, "web": 5}, by="loss", steps=3,
+               rows_per_step=6)
+    assert plan.loss_weights[SELF] != plan.loss_weights["web"] != 1
+    model, plain = tiny_chat.chatty(), tiny_chat.chatty()
+    fit(model, data, plan, FitSettings(**{**SETTINGS, "loss": loss, "micro_rows": micro_rows}), pad_id=0, out=tmp_path, progress=False)
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-2, weight_decay=0.0)
+    for step in plan:
+        weighted = [(plan.loss_weights[s], data[s][i]) for s, i in step]
+        divisor = plan.divisor if loss == "sum" else sum(w * row.loss_tokens for w, row in weighted)
+        (sum(w * response_loss(plain, collate([row], 0)) for w, row in weighted) / divisor).backward()
+        torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+        optimizer.step(), optimizer.zero_grad()
+    assert distance(model, plain) < 2e-4
+
+
+def test_a_plan_of_other_rows_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="step 1 of the plan reads row . of the source 'self', which has 0 rows; rows are given for task"):
+        fit(tiny_chat.chatty(), {TASK: encoded()}, plan_of(rows()), FitSettings(**SETTINGS), pad_id=0, out=tmp_path)
+
+
+def test_a_checkpoint_that_was_not_finished_is_passed_over(tmp_path: Path) -> None:
+    class Stop(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs) -> None:
+            if state.global_step == 5:
+                raise KeyboardInterrupt
+
+    whole, losses = run(tmp_path / "whole", save_every=2)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "parts", save_every=2, callbacks=[Stop()])
+    torn = tmp_path / "parts" / "checkpoints" / "checkpoint-6"
+    torn.mkdir()
+    (torn / "model.safetensors").write_bytes(b"half")
+    (torn / "trainer_state.json").write_text('{"epoch": 0.')
+    resumed, rest = run(tmp_path / "parts", save_every=2)
+    assert distance(whole, resumed) == 0 and rest == losses
+
+
+@pytest.mark.parametrize("method, options", [
+    ("online-replay", {"rows_per_step": 2, "buffer": 4, "max_new_tokens": 6}), ("spin", {"max_new_tokens": 6}), ("ewc", {}), ("wise-ft", {})])
+def test_a_stopped_method_ends_where_a_whole_one_does(method: str, options, tmp_path: Path) -> None:
+    class Stop(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs) -> None:
+            if state.global_step == 3:
+                raise KeyboardInterrupt
+
+    whole, parts = Costs(), Costs()
+    a = cases.run(sasft.methods.method(method, **options), cases.tiny(), tmp_path / "a", save_every=2, costs=whole)
+    with pytest.raises(KeyboardInterrupt):
+        cases.run(sasft.methods.method(method, **options), cases.tiny(), tmp_path / "b", save_every=2, callbacks=[Stop()])
+    b = cases.run(sasft.methods.method(method, **options), cases.tiny(), tmp_path / "b", save_every=2, costs=parts)
+    assert distance(a, b) == 0
+    if method != "online-replay":  # which writes the answers of a stopped buffer once more, and says so
+        assert parts == whole
+    else:
+        assert parts.backward_tokens == whole.backward_tokens and parts.generated_tokens > whole.generated_tokens
+
+
+@pytest.mark.parametrize("method, options, lam", [
+    ("stm", "tau=20", 0.5), ("spin", "max_new_tokens=6", 0.5), ("freeze", "layers=0", 0.0), ("lora", "r=2", 0.5), ("kl-self", "", 0.5),
+    ("low-lr", "", 0.5)])
+def test_methods_run_from_files(method: str, options: str, lam: float, folder: Path) -> None:
+    summary = train(settings(folder, method=method, method_options=options, lam=lam))
+    assert summary["method"]["name"] == method and set(summary["costs"]) == {"forward_tokens", "backward_tokens", "generated_tokens"}
+    assert any(summary["costs"].values()) == (method in ("stm", "spin", "kl-self"))
+    assert read(folder / "run" / "config.json")["identity"]["settings"]["method"] == method
+    if method == "stm":
+        assert summary["mix"]["loss_tokens"]["task"] < train(settings(folder, out=str(folder / "sft")))["mix"]["loss_tokens"]["task"]
+
+
+def test_a_method_that_there_is_not_is_refused_before_any_work(folder: Path) -> None:
+    with pytest.raises(UsageError, match="there is no method 'kl'. .*There are: sft"):
+        settings(folder, method="kl")
+    with pytest.raises(UsageError, match="the method stm has no option 'weight'; it is an option of "):
+        settings(folder, method="stm", method_options="weight=1")
+    assert not (folder / "run").exists()
+
+
+_KILLED = """
+import sys
+from tests.sasft import test_train
+from sasft.models import weights_hash
+from pathlib import Path
+model, losses = test_train.run(Path(sys.argv[1]), steps=150, save_every=3, schedule="linear")
+print(weights_hash(model))
+"""
+
+
+@pytest.mark.skipif("SASFT_SLOW" not in os.environ, reason="takes minutes: set SASFT_SLOW=1")
+def test_a_run_killed_ten_times_ends_with_the_same_weights(tmp_path: Path) -> None:
+    """SIGKILL at random moments, saving included: whenever a new checkpoint appears, and a random while after."""
+    def start(out: Path) -> subprocess.Popen:
+        return subprocess.Popen([sys.executable, "-c", _KILLED, str(out)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+
+    def checkpoints() -> set[str]:
+        return {path.name for path in (tmp_path / "parts" / "checkpoints").glob("checkpoint-*")}
+
+    whole = start(tmp_path / "whole").communicate()[0].strip()
+    rng = random.Random(0)
+    kills = 0
+    while kills < 10:
+        process, before = start(tmp_path / "parts"), checkpoints()
+        while process.poll() is None and not checkpoints() - before:
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.06))
+        if process.poll() is not None:
+            break
+        process.kill()
+        process.wait()
+        kills += 1
+    assert kills == 10
+    assert whole and start(tmp_path / "parts").communicate()[0].strip() == whole
