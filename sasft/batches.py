@@ -28,11 +28,11 @@ class RowsOfSources(Dataset):
 class MicroBatches:
     """Every step of the plan cut into the same number of micro-batches, rows of similar length together, none empty.
 
-    With several processes, each takes as many of them: this one's are those that ``process`` is next for, so that lengths, and with
-    them times, are alike.
+    Of several ``processes`` each has as many of them, dealt out in turn, so that lengths, and with them times, are alike.
     """
 
-    def __init__(self, plan: Plan, rows: Mapping[str, Sequence[Encoded]], micro_rows: int, processes: int = 1, process: int = 0) -> None:
+    def __init__(self, plan: Plan, rows: Mapping[str, Sequence[Encoded]], micro_rows: int, processes: int = 1,
+                 process: int = 0) -> None:
         self.plan, self.rows, self.processes, self.process = plan, rows, processes, process
         self.a_process = -(-max(map(len, plan)) // (micro_rows * processes))
         self.per_step = self.a_process * processes
@@ -72,4 +72,5 @@ def check_reads(plan: Plan, rows: Mapping[str, Sequence[Encoded]]) -> None:
         for source, index in step:
             if index >= len(rows.get(source, ())):
                 raise UsageError(f"step {k} of the plan reads row {index} of the source {source!r}, which has "
-                                 f"{len(rows.get(source, ()))} rows; rows are given for {', '.join(rows)}: lay the plan out over these")
+                                 f"{len(rows.get(source, ()))} rows; rows are given for {', '.join(rows)}: lay the plan out over "
+                                 "these")

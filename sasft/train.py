@@ -79,7 +79,7 @@ class TrainSettings(FitSettings):
     self_data: str | None = option(None, "JSONL file of self-dialogues, as written by `sasft generate`")
     out: str = option("", "folder of the run")
     lam: float = option(0.5, "share of self rows in the mix, in [0, 1); 0 is plain fine-tuning")
-    method: str = option("sft", "fine-tuning method, by its name in sasft.methods; sft is the ordinary loss on the rows of the mix")
+    method: str = option("sft", "fine-tuning method, by its name in sasft.methods; sft: the ordinary loss on the rows of the mix")
     method_options: str = option("", "options of the method: name=value, with blanks between them")
     steps: int = option(100, "optimiser steps")
     rows_per_step: int = option(16, "rows a step, of both sources together")
@@ -210,8 +210,9 @@ def fit(
     )
     batches = MicroBatches(plan, rows, settings.micro_rows, args.world_size, args.process_index)
     args.gradient_accumulation_steps = batches.a_process
-    trainer = _Trainer(model=model, args=args, train_dataset=RowsOfSources(rows), batches=batches, settings=settings, objective=objective,
-                       pad_id=pad_id, callbacks=[*([] if objective is None else [_Stages(objective)]), *callbacks])
+    stages = [] if objective is None else [_Stages(objective)]
+    trainer = _Trainer(model=model, args=args, train_dataset=RowsOfSources(rows), batches=batches, settings=settings,
+                       objective=objective, pad_id=pad_id, callbacks=[*stages, *callbacks])
     trainer.remove_callback(ProgressCallback if progress else transformers.PrinterCallback)
     if progress:
         trainer.add_callback(_Progress)
@@ -223,7 +224,7 @@ def fit(
 
 
 def _last_checkpoint(folder: Path) -> Path | None:
-    """The last checkpoint that is whole: its state, which is written last, can be read. A run killed while saving leaves others."""
+    """The last checkpoint that is whole: its state, which is written last, can be read. A run killed while saving has others."""
     def whole(checkpoint: Path) -> bool:
         try:
             return bool(json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8")))
@@ -292,7 +293,8 @@ def train(settings: TrainSettings) -> dict[str, Any]:
     if settings.save_model:
         model.save_pretrained(out / "model")
         tokenizer.save_pretrained(out / "model")
-    summary = {"mix": plan.report(), "method": method.describe(), "costs": costs.describe(), "weights_sha256": weights_hash(model),
+    summary = {"mix": plan.report(), "method": method.describe(), "costs": costs.describe(),
+               "weights_sha256": weights_hash(model),
                "recorded": callbacks[0].recorder.latest() if callbacks else {},
                "loss": [entry["loss"] for entry in log if "loss" in entry]}
     write_json(done, summary)

@@ -63,7 +63,8 @@ def _kind(name: str, options: Iterable[str]) -> type[Method]:
         if option not in takes[name]:
             owners = [other for other, names in takes.items() if option in names]
             whose = f"; it is an option of {', '.join(owners)}" if owners else ""
-            raise UsageError(f"the method {name} has no option {option!r}{whose}. Its options: {', '.join(takes[name]) or 'none'}")
+            own = ", ".join(takes[name]) or "none"
+            raise UsageError(f"the method {name} has no option {option!r}{whose}. Its options: {own}")
     return METHODS[name]
 
 

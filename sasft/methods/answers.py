@@ -10,14 +10,15 @@ from sasft.methods.base import Costs
 from sasft.sampling import EXACT, Sampler, sample
 
 
-def answer_rows(model: nn.Module, rows: Sequence[Encoded], seeds: Sequence[int], *, max_new_tokens: int, stop_id: int, pad_id: int,
-                costs: Costs) -> list[Encoded]:
+def answer_rows(model: nn.Module, rows: Sequence[Encoded], seeds: Sequence[int], *, max_new_tokens: int, stop_id: int,
+                pad_id: int, costs: Costs) -> list[Encoded]:
     """The model's own answer to the prompt of each row, at T = 1 from its whole distribution, all sampled together."""
     prompts = [row.input_ids[: row.start] for row in rows]
     sampler = Sampler(temperature=EXACT.temperature, top_p=EXACT.top_p, max_new_tokens=max_new_tokens)
     answers = sample(model, prompts, seeds, sampler, stop_id=stop_id, pad_id=pad_id)
     costs.generated_tokens += sum(len(answer.logprobs) for answer in answers)
-    return [_row(prompt, answer.ids, stop_id if answer.finished else None) for prompt, answer in zip(prompts, answers, strict=True)]
+    return [_row(prompt, answer.ids, stop_id if answer.finished else None)
+            for prompt, answer in zip(prompts, answers, strict=True)]
 
 
 def _row(prompt: Sequence[int], answer: Sequence[int], end: int | None) -> Encoded:

@@ -23,8 +23,8 @@ from sasft.data import Row
 from sasft.writing import Writer
 
 Batch = Mapping[str, Any]
-"""A micro-batch of :func:`sasft.chat.collate`, with ``source`` (names) and ``index`` (numbers among their source), one entry a row,
-and ``weight`` ([B], by what a row's loss is multiplied) where the plan has loss weights."""
+"""A micro-batch of :func:`sasft.chat.collate`, with ``source`` (names) and ``index`` (numbers among their source), one entry a
+row, and ``weight`` ([B], by what a row's loss is multiplied) where the plan has loss weights."""
 
 
 @dataclass
@@ -60,7 +60,9 @@ class Workshop:
 
 
 class Objective:
-    r"""What one training minimises: :math:`\frac1D\sum_{\text{rows}}\ell+\mathrm{penalty}`, D being the run's constant. Here: plain SFT.
+    r"""What one training minimises: :math:`\frac1D\sum_{\text{rows}}\ell+\mathrm{penalty}`, D being the run's constant.
+
+    As it stands, it is plain SFT.
 
     How a step is cut into micro-batches changes nothing: ``loss`` is a sum over the micro-batch's counted tokens, and ``penalty``
     is asked for once an optimiser step. A resumed training makes its objective anew from the untrained model, so whatever an
@@ -87,7 +89,7 @@ class Objective:
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """Plain SFT: cross-entropy of the counted tokens of whatever rows the mix reads (without self rows, the task-only baseline)."""
+    """Plain SFT: cross-entropy of the counted tokens of the rows that the mix reads (without self rows: task-only)."""
 
     name: ClassVar[str] = "sft"
     paper: ClassVar[str] = ""
@@ -101,7 +103,8 @@ class Method:
         """The model with what is to be trained on it."""
         return model
 
-    def encoded(self, rows: Mapping[str, Sequence[Encoded]], model: nn.Module, pad_id: int, costs: Costs) -> dict[str, list[Encoded]]:
+    def encoded(self, rows: Mapping[str, Sequence[Encoded]], model: nn.Module, pad_id: int,
+                costs: Costs) -> dict[str, list[Encoded]]:
         """The encoded rows, as they enter the mix and the loss; ``model`` is untrained still."""
         return {source: list(found) for source, found in rows.items()}
 

@@ -27,4 +27,5 @@ def need_rows(method: str, rows: Mapping[str, Sequence[Encoded]], on: str) -> No
     for name in source_names(on):
         if not rows.get(name):
             having = ", ".join(source for source, found in rows.items() if found)
-            raise UsageError(f"the method {method} works on rows of the source {name!r}, which has none; there are rows of {having}")
+            raise UsageError(f"the method {method} works on rows of the source {name!r}, which has none; there are rows of "
+                             f"{having or 'no source'}")

@@ -34,7 +34,7 @@ class SaSft(Method):
     name: ClassVar[str] = "sa-sft"
     paper: ClassVar[str] = "arXiv 2602.20162"
 
-    sampler: Literal["any", "exact", "paper"] = option("any", "sampler that the self rows must come from; rows that do not say are refused")
+    sampler: Literal["any", "exact", "paper"] = option("any", "sampler that self rows must come from, and say so")
 
     def __post_init__(self) -> None:
         if self.sampler not in ("any", "exact", "paper"):
@@ -48,8 +48,9 @@ class SaSft(Method):
             for row in sources[SELF]:
                 said = row.meta.get("sampler") or {}
                 if (said.get("temperature"), said.get("top_p")) != (wanted.temperature, wanted.top_p):
-                    raise UsageError(f"self row {row.id} was sampled with {said or 'a sampler that it does not name'}, and sampler={self.sampler} "
-                                     f"needs temperature {wanted.temperature} and top_p {wanted.top_p}; write the rows anew, or set sampler=any")
+                    raise UsageError(f"self row {row.id} was sampled with {said or 'a sampler that it does not name'}, and "
+                                     f"sampler={self.sampler} needs temperature {wanted.temperature} and top_p {wanted.top_p}; "
+                                     "write the rows anew, or set sampler=any")
         return super().rows(sources, workshop)
 
 
@@ -83,7 +84,7 @@ class Lora(Method):
     r: int = option(16, "rank")
     alpha: float = option(16.0, "scale: updates are multiplied by alpha / r")
     dropout: float = option(0.0, "dropout of the adapters' inputs")
-    target_modules: str = option("all-linear", "layers that get an adapter, as PEFT takes them: all-linear, or a regular expression")
+    target_modules: str = option("all-linear", "layers with an adapter, as PEFT takes them: all-linear, or a regular expression")
 
     def __post_init__(self) -> None:
         self.settings()
@@ -94,7 +95,8 @@ class Lora(Method):
 
     def prepare(self, model: nn.Module, seed: int = 0) -> nn.Module:
         if has_adapters(model):
-            raise UsageError("the model has adapters already; take the method lora for a model without, or another method (lora_rank is 0 then)")
+            raise UsageError("the model has adapters already, and the method lora would add a second set; set lora_rank to 0, "
+                             "or take another method")
         device = next(model.parameters()).device
         return _with_adapters(model, self.settings(), seed).to(device).eval()
 
@@ -112,7 +114,7 @@ class Freeze(Method):
     paper: ClassVar[str] = "arXiv 2501.13453"
 
     layers: str = option("", "numbers of layers to be frozen, counted from 0: 0-5,7")
-    parameters: str = option("", "names of parameters to be frozen, with commas between them; * and ? stand for any characters: lm_head.*")
+    parameters: str = option("", "names of parameters to be frozen, with commas between them; * for any characters: lm_head.*")
     embeddings: bool = option(False, "freeze the input embeddings")
 
     def __post_init__(self) -> None:
@@ -125,13 +127,14 @@ class Freeze(Method):
         having = {index for name in found if (index := layer_index(name)) is not None}
         wanted = numbers(self.layers)
         if absent := wanted - having:
-            raise UsageError(f"layers names {min(absent)}, but the model's layers are {min(having, default=0)} to {max(having, default=0)}")
+            raise UsageError(f"layers names {min(absent)}, but the model's layers are {min(having, default=0)} to "
+                             f"{max(having, default=0)}")
         frozen = {name for name in found if layer_index(name) in wanted}
         for pattern in filter(None, (part.strip() for part in self.parameters.split(","))):
             matched = {name for name in found if fnmatchcase(name, pattern)}
             if not matched:
-                raise UsageError(f"the pattern {pattern!r} in parameters matches none of the model's {len(found)} parameters, such as "
-                                 f"{', '.join(list(found)[:3])}; names are compared whole")
+                raise UsageError(f"the pattern {pattern!r} in parameters matches none of the model's {len(found)} parameters, "
+                                 f"such as {', '.join(list(found)[:3])}; names are compared whole")
             frozen |= matched
         if self.embeddings:
             inside = {canonical_name(n) for n, module in model.named_modules() if module is model.get_input_embeddings()}
@@ -140,7 +143,7 @@ class Freeze(Method):
         if not before.keys() - frozen:
             raise UsageError("nothing would be left to train: every trainable parameter is to be frozen")
         if not before.keys() & frozen:
-            raise UsageError("none of what is to be frozen would be trained anyway (adapters are trained, and not the weights below them)")
+            raise UsageError("none of what is to be frozen would be trained anyway (adapters are, weights below them are not)")
         for name in frozen:
             found[name].requires_grad_(False)
         left = trainable(model)
@@ -190,9 +193,10 @@ class _WiseFt(Objective):
         self.alpha = alpha
         found = list(adapters(model))
         if moved := [a.base for a in found if bool(a.a.any()) and bool(a.b.any())]:
-            raise UsageError(f"wise-ft interpolates adapters that start at B = 0, but that of {moved[0]} has an update already; merge it first")
+            raise UsageError(f"wise-ft interpolates adapters that start at B = 0, but that of {moved[0]} has an update already; "
+                             "merge it first")
         if dora := [a.base for a in found if a.magnitude is not None]:
-            raise UsageError(f"wise-ft scales the update of an adapter, and that of {dora[0]} is not a product (DoRA); use plain LoRA")
+            raise UsageError(f"wise-ft scales the update of an adapter, but {dora[0]} has none (DoRA); use plain LoRA")
         factors = {name for a in found for name in (a.name_a, a.name_b)}
         self.start = {name: p.detach().to("cpu", copy=True) for name, p in trainable(model).items() if name not in factors}
 

@@ -30,7 +30,9 @@ class _Kl(TokenObjective):
 
 @dataclass(frozen=True, kw_only=True)
 class KlSelf(Method):
-    r"""KL to the base in place of cross-entropy on self rows: :math:`(1-w)\,CE_t+w\,KL(p_{\theta_0}(\cdot|t)\Vert p_\theta(\cdot|t))`.
+    r"""KL to the base in place of cross-entropy on self rows.
+
+    .. math:: (1-w)\,CE_t+w\,KL(p_{\theta_0}(\cdot|t)\Vert p_\theta(\cdot|t))
 
     The KL is forward (base to model) and runs over the whole vocabulary at the prefixes of the rows. On rows that θ₀ has sampled
     at T = 1 from its whole distribution both terms have one expected gradient (docs/theory.md, F1 and F3), and the KL's has less
@@ -84,7 +86,8 @@ class KlTask(Method):
 class OnlineReplay(Method):
     r"""Replay that the base writes while the model trains: :math:`L=L_{SFT}+c\,R`, R a mean over the replayed tokens of a step.
 
-    ``kl``: :math:`R=\frac1N\sum_tKL(p_{\theta_0}(\cdot|t)\Vert p_\theta(\cdot|t))` (``kl_pre``); ``ntp``: :math:`R=\frac1N\sum_tCE_t` (``ntp_pre``).
+    ``kl``: :math:`R=\frac1N\sum_tKL(p_{\theta_0}(\cdot|t)\Vert p_\theta(\cdot|t))` (``kl_pre``); ``ntp``:
+    :math:`R=\frac1N\sum_tCE_t` (``ntp_pre``).
     Every step answers some prompts of the source ``prompts`` anew, sampled from the frozen θ₀ at T = 1 without truncation, where
     the two have one expected gradient. Source: arXiv 2605.26097 (c = 1), which continues a BOS token; answering prompts through
     the chat template is our choice. A step's rows follow from the seed and the step alone; those of ``buffer`` steps are written

@@ -17,8 +17,11 @@ _ROWS = 16  # rows scored together before training
 
 
 class FrozenBase:
-    """θ₀, for as long as the model trains: the model itself with its adapters switched off, where they start without an effect and
-    nothing else is trained; else a frozen copy, which is a second model in memory (of full fine-tuning there is no way round it)."""
+    """θ₀, for as long as the model trains.
+
+    It is the model itself with its adapters switched off, where they start without an effect and nothing else is trained; else a
+    frozen copy, which is a second model in memory (in full fine-tuning there is no way round it).
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.shared = starts_at_base(model)

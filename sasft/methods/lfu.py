@@ -17,17 +17,19 @@ from sasft.settings import option
 
 @dataclass(frozen=True, kw_only=True)
 class Lfu(Method):
-    r"""LfU: :math:`\ell_{SFT}(\theta)+\lambda\,\ell_{cons}`, the states of every block held where they are under an ascent step of an auxiliary part φ.
+    r"""LfU: the states of every block are held where they are under an ascent step of an auxiliary part φ.
 
-    .. math:: \varphi=\alpha\,\nabla_\varphi\ell_{SFT}/\lVert\nabla_\varphi\ell_{SFT}\rVert_2,\qquad
+    .. math:: L=\ell_{SFT}(\theta)+\lambda\,\ell_{cons},\qquad
+       \varphi=\alpha\,\nabla_\varphi\ell_{SFT}/\lVert\nabla_\varphi\ell_{SFT}\rVert_2,\qquad
        \ell_{cons}=\mathbb E\Big[\frac1{TK}\sum_{t,l}\lVert\mathrm{sg}(h_{l,t})-h'_{l,t}\rVert^2\Big]
 
-    with states :math:`h` at the outputs of the K blocks, :math:`h'` the same with φ in place. ``steering``: φ is a vector added at every block's
-    output; ``lora``: a low-rank update of every linear layer in the blocks, whose A stays as drawn (at B = 0 only B has a gradient).
-    Source: arXiv 2511.13052 (α = 0.1, λ = 5, LoRA). Its code is not at hand; our choices: every row has a φ of its own, of norm α over
-    all layers together, so that it doesn't matter which rows share a batch; φ starts at 0 in each step and is a constant to
-    the outer gradient; T are the positions that predict counted tokens; squares are summed over a state's dimensions, so λ must
-    be chosen anew for every model; A is drawn once, from the seed. Dropout should be off: it moves h' as well.
+    with states :math:`h` at the outputs of the K blocks, :math:`h'` the same with φ in place. ``steering``: φ is a vector added
+    at every block's output; ``lora``: a low-rank update of every linear layer in the blocks, whose A stays as drawn (at B = 0
+    only B has a gradient). Source: arXiv 2511.13052 (α = 0.1, λ = 5, LoRA). Its code is not at hand; our choices: every row has
+    a φ of its own, of norm α over all layers together, so that it doesn't matter which rows share a batch; φ starts at 0 in
+    each step and is a constant to the outer gradient; T are the positions that predict counted tokens; squares are summed over
+    a state's dimensions, so λ must be chosen anew for every model; A is drawn once, from the seed. Dropout should be off: it
+    moves h' as well.
     Cost: a second forward and backward pass, and the ascent's backward pass, counted as two passes.
     """
 
@@ -36,7 +38,7 @@ class Lfu(Method):
 
     weight: float = option(5.0, "lambda, the weight of the consistency; 0 is SFT")
     alpha: float = option(0.1, "norm of the ascent step; 0 is SFT")
-    variant: Literal["lora", "steering"] = option("lora", "what is moved: low-rank updates of linear layers, or a vector after each block")
+    variant: Literal["lora", "steering"] = option("lora", "what is moved: low-rank updates of layers, or a vector a block")
     rank: int = option(8, "rank of the low-rank updates")
     seed: int = option(0, "seed of their A")
 
@@ -80,7 +82,7 @@ class _Lfu(Objective):
 
     @contextmanager
     def _perturbed(self, phi: list[Tensor]) -> Iterator[None]:
-        """φ in place; where the list is empty, it is filled with zeros that take a gradient, in the order in which modules run."""
+        """φ in place; an empty list is filled with zeros that take a gradient, in the order in which modules run."""
         fresh = not phi
         left = iter(list(phi))
 
@@ -91,7 +93,9 @@ class _Lfu(Objective):
                 shape = (len(first), 1 if a is None else len(a), first.shape[-1])
                 phi.append(first.new_zeros(shape).requires_grad_())
             own = phi[-1] if fresh else next(left)
-            moved = first + (own if a is None else (args[0] @ a.to(args[0].device, args[0].dtype).T).to(own.dtype) @ own).to(first.dtype)
+            if a is not None:
+                own = (args[0] @ a.to(args[0].device, args[0].dtype).T).to(own.dtype) @ own
+            moved = first + own.to(first.dtype)
             return moved if isinstance(output, Tensor) else (moved, *output[1:])
 
         down = dict(self.places)

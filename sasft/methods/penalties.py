@@ -68,7 +68,7 @@ def _factored_square(now: Adapter, start: Adapter) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Ewc(Method):
-    r"""Elastic weight consolidation: :math:`L+\frac\lambda2\sum_iF_i(\theta_i-\theta_{0,i})^2`, F the Fisher diagonal on old data.
+    r"""EWC: :math:`L+\frac\lambda2\sum_iF_i(\theta_i-\theta_{0,i})^2`, F the Fisher diagonal on old data.
 
     Source: arXiv 1612.00796. What was learnt before is not at hand for a language model, so F is that of self rows (our choice):
     per row, labels drawn from the model, gradients of single rows squared (:func:`drift.fisher.diagonal`, in fp32 and evaluation
@@ -110,7 +110,8 @@ class _Ewc(Objective):
         super().__init__(costs)
         self.weight = weight
         mine = trainable(model)
-        self.values = {name: values[name].to(p.device, torch.float32).reshape(p.shape) for name, p in mine.items() if name in values}
+        self.values = {name: values[name].to(p.device, torch.float32).reshape(p.shape)
+                       for name, p in mine.items() if name in values}
         self.start = {name: mine[name].detach().clone() for name in self.values}
 
     def penalty(self, model: nn.Module, step: int) -> Tensor:

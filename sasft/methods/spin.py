@@ -25,13 +25,13 @@ _ROWS = 64  # answers sampled together
 class Spin(Method):
     r"""SPIN: the task's answers y against the model's own y' to the same prompts.
 
-    .. math:: \ell=-\log\sigma\Big(\beta\Big[\log\frac{p_\theta(y|x)}{p_{\theta_k}(y|x)}-\log\frac{p_\theta(y'|x)}{p_{\theta_k}(y'|x)}\Big]\Big),\qquad
-       y'\sim p_{\theta_k}(\cdot|x)\text{ at }T=1,
+    .. math:: \ell=-\log\sigma\Big(\beta\Big[\log\frac{p_\theta(y|x)}{p_{\theta_k}(y|x)}
+       -\log\frac{p_\theta(y'|x)}{p_{\theta_k}(y'|x)}\Big]\Big),\qquad y'\sim p_{\theta_k}(\cdot|x)\text{ at }T=1,
 
-    log-probabilities summed over tokens, :math:`\theta_k` the model as the iteration finds it. Source: arXiv 2401.01335 (β = 0.1). One
-    run is one iteration; for the next one, start from its model. The paper starts from a model that SFT has trained already, with a
-    rate of 5e-7 at 7B. Our choices: y' ends with its end-of-turn token, as y does; a pair's loss takes the place of its row's
-    summed cross-entropy, in the share ``weight``; self rows keep theirs.
+    log-probabilities summed over tokens, :math:`\theta_k` the model as the iteration finds it. Source: arXiv 2401.01335 (β =
+    0.1). One run is one iteration; for the next one, start from its model. The paper starts from a model that SFT has trained
+    already, with a rate of 5e-7 at 7B, and without dropout. Our choices: y' ends with its end-of-turn token, as y does; a
+    pair's loss takes the place of its row's summed cross-entropy, in the share ``weight``; self rows keep theirs.
     Cost: an answer to every task row, a forward pass on both answers, and a forward and backward pass on y' whenever y is read.
     """
 
@@ -49,7 +49,8 @@ class Spin(Method):
         if self.max_new_tokens < 1:
             raise UsageError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
 
-    def encoded(self, rows: Mapping[str, Sequence[Encoded]], model: nn.Module, pad_id: int, costs: Costs) -> dict[str, list[Encoded]]:
+    def encoded(self, rows: Mapping[str, Sequence[Encoded]], model: nn.Module, pad_id: int,
+                costs: Costs) -> dict[str, list[Encoded]]:
         """Adds the source ``opponent``: row i is the model's own answer to the prompt of task row i."""
         found = super().encoded(rows, model, pad_id, costs)
         if self.weight:
@@ -65,8 +66,8 @@ class Spin(Method):
         found: dict[int, Encoded] = {}
         for i in range(0, len(order), _ROWS):
             together = order[i : i + _ROWS]
-            answers = answer_rows(model, [rows[k] for k in together], [row_seed(self.seed, "spin", k) for k in together], costs=costs,
-                                  max_new_tokens=self.max_new_tokens, stop_id=end_of_turn(rows), pad_id=pad_id)
+            answers = answer_rows(model, [rows[k] for k in together], [row_seed(self.seed, "spin", k) for k in together],
+                                  max_new_tokens=self.max_new_tokens, stop_id=end_of_turn(rows), pad_id=pad_id, costs=costs)
             found |= dict(zip(together, answers, strict=True))
         return [found[k] for k in range(len(rows))]
 

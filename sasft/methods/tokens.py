@@ -14,14 +14,14 @@ _CHUNK = 256  # positions whose fp32 log-probabilities are in memory at once
 
 
 class TokenObjective(Objective):
-    """Cross-entropy, which on tokens of the sources ``on`` gives way to :meth:`tokens`; with θ₀'s logits there, if ``base`` is given."""
+    """Cross-entropy, which on tokens of the sources ``on`` gives way to :meth:`tokens`; ``base``: if it needs θ₀'s logits."""
 
     def __init__(self, costs: Costs, on: Sequence[str], base: FrozenBase | None = None) -> None:
         super().__init__(costs)
         self.on, self.base = on, base
 
     def tokens(self, batch: Batch, rows: Tensor, logits: Tensor, labels: Tensor, nll: Tensor, base: Tensor | None) -> Tensor:
-        """Losses [N] of N tokens: their ``rows`` in the batch, ``logits`` [N, V], ``labels``, cross-entropies ``nll``, θ₀'s logits."""
+        """Losses [N] of tokens: ``rows`` within the batch, ``logits`` [N, V], ``labels``, cross-entropies, θ₀'s logits."""
         raise NotImplementedError
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:

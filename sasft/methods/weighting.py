@@ -24,10 +24,11 @@ _ON = "sources that it acts on, with commas between them; others keep the plain 
 class Stm(Method):
     r"""Low-perplexity token learning: the tokens that the base finds too surprising leave the loss.
 
-    Once, before training, :math:`ppl_t=\exp(-\log p_{\theta_0}(y_t|x,y_{<t}))`; then :math:`L=\frac1{|M_\tau|}\sum_{t\in M_\tau}CE_t` with
-    :math:`M_\tau=\{t\in M: ppl_t\le\tau\}`. Masked tokens stay in the input. Source: arXiv 2501.14315 and its code, τ = 2.5.
-    Our choice: the token that ends a row's turn stays in the loss, or the model would not learn to stop. Cost: a forward pass
-    of the base on every row. The default divisor of the loss, the mean number of loss tokens a step, counts the tokens left.
+    Once, before training, :math:`ppl_t=\exp(-\log p_{\theta_0}(y_t|x,y_{<t}))`; then :math:`L=\frac1{|M_\tau|}\sum_{t\in
+    M_\tau}CE_t` with :math:`M_\tau=\{t\in M: ppl_t\le\tau\}`. Masked tokens stay in the input. Source: arXiv 2501.14315 and its
+    code, τ = 2.5. Our choice: the token that ends a row's turn stays in the loss, or the model would not learn to stop. Cost: a
+    forward pass of the base on every row. The default divisor of the loss, the mean number of loss tokens a step, counts the
+    tokens left.
     """
 
     name: ClassVar[str] = "stm"
@@ -41,7 +42,8 @@ class Stm(Method):
             raise UsageError(f"tau is a perplexity, so it must be >= 1, got {self.tau}")
         source_names(self.on)
 
-    def encoded(self, rows: Mapping[str, Sequence[Encoded]], model: nn.Module, pad_id: int, costs: Costs) -> dict[str, list[Encoded]]:
+    def encoded(self, rows: Mapping[str, Sequence[Encoded]], model: nn.Module, pad_id: int,
+                costs: Costs) -> dict[str, list[Encoded]]:
         masked = super().encoded(rows, model, pad_id, costs)
         if self.tau < math.inf:
             need_rows(self.name, rows, self.on)
@@ -60,8 +62,8 @@ class Stm(Method):
                 else:
                     found[number] = Encoded(rows[number].input_ids, labels, rows[number].finished)
         if empty:
-            raise UsageError(f"tau={self.tau} leaves no token in the loss of {len(empty)} of {len(rows)} rows of {source} (the first is row "
-                             f"{min(empty)} of them); raise tau, or leave these rows out")
+            raise UsageError(f"tau={self.tau} leaves no token in the loss of {len(empty)} of {len(rows)} rows of {source} (the "
+                             f"first is row {min(empty)} of them); raise tau, or leave these rows out")
         return found
 
 
@@ -85,7 +87,9 @@ class _Dft(TokenObjective):
 
 @dataclass(frozen=True, kw_only=True)
 class Dft(Method):
-    r"""Dynamic fine-tuning: :math:`L=\frac1{|M|}\sum_t\mathrm{sg}(p_\theta(y_t|t))\,CE_t`, whose gradient is that of :math:`-\frac1{|M|}\sum_tp_\theta(y_t|t)`.
+    r"""Dynamic fine-tuning: :math:`L=\frac1{|M|}\sum_t\mathrm{sg}(p_\theta(y_t|t))\,CE_t`.
+
+    Its gradient is that of :math:`-\frac1{|M|}\sum_tp_\theta(y_t|t)`, since :math:`\nabla p=p\nabla\log p`.
 
     Source: arXiv 2508.05629. Tokens that the model finds improbable hardly move it; small models want another learning rate
     than in SFT. Self rows keep their cross-entropy (our choice). No cost.
@@ -106,7 +110,9 @@ class Dft(Method):
 
 @dataclass(frozen=True, kw_only=True)
 class Asft(Method):
-    r"""Anchored SFT: :math:`\frac1{|M|}\sum_t[\mathrm{sg}(p_\theta(y_t|t))\,CE_t+\lambda\,KL(p_{\theta_0}(\cdot|t)\Vert p_\theta(\cdot|t))]`.
+    r"""Anchored SFT: DFT and a KL to the base.
+
+    .. math:: L=\frac1{|M|}\sum_t[\mathrm{sg}(p_\theta(y_t|t))\,CE_t+\lambda\,KL(p_{\theta_0}(\cdot|t)\Vert p_\theta(\cdot|t))]
 
     The KL is forward, over the whole vocabulary, on the task's own tokens; λ = 0 is DFT. Source: arXiv 2509.23753 and its code
     (λ = 0.05). Self rows keep their cross-entropy (our choice). Cost: a forward pass of the base on task rows.
@@ -131,12 +137,13 @@ class Asft(Method):
 class Ual(Method):
     r"""Uncertainty-aware learning: label smoothing of a strength of its own for every row.
 
-    .. math:: L_i=\sum_t\Big[(1-v_i)\,CE_t+\frac{v_i}V\sum_{k=1}^V-\log p_\theta(k|t)\Big],\qquad v_i=v_{max}\frac{u_i-u_{min}}{u_{max}-u_{min}}
+    .. math:: L_i=\sum_t\Big[(1-v_i)\,CE_t+\frac{v_i}V\sum_{k=1}^V-\log p_\theta(k|t)\Big],\qquad
+       v_i=v_{max}\frac{u_i-u_{min}}{u_{max}-u_{min}}
 
-    Source: arXiv 2406.04854, where a stronger model judges the uncertainty :math:`u_i`. Ours is "self-UAL": the base's mean entropy
-    on the row's tokens, :math:`u_i=\frac1{T_i}\sum_tH(p_{\theta_0}(\cdot|t))`; the linear map and ``v_max`` are our choices, as is
-    :math:`v_{max}/2` for rows that are all equally uncertain. Smoothing raises the negative log-likelihood of text by construction,
-    and lifts ids that a padded vocabulary never uses. Cost: a forward pass of the base on every row.
+    Source: arXiv 2406.04854, where a stronger model judges the uncertainty :math:`u_i`. Ours is "self-UAL": the base's mean
+    entropy on the row's tokens, :math:`u_i=\frac1{T_i}\sum_tH(p_{\theta_0}(\cdot|t))`; the linear map and ``v_max`` are our
+    choices, as is :math:`v_{max}/2` for rows that are all equally uncertain. Smoothing raises the negative log-likelihood of
+    text by construction, and lifts ids that a padded vocabulary never uses. Cost: a forward pass of the base on every row.
     """
 
     name: ClassVar[str] = "ual"
