@@ -109,6 +109,7 @@ def test_an_error_names_its_unit_and_what_was_done_stays(tmp_path: Path) -> None
 def command(folder: Path) -> None:
     """A process of its own, with a group of its own."""
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests started in the background inherit that it is ignored
     with (folder / "shown").open("w", buffering=1) as shown:
         sys.stderr = shown  # workers are forked and have it, too
         try:
