@@ -14,7 +14,8 @@ from drift.divergence_probe import DivergenceProbe, store_base
 from drift.recorder import Probe, Recorder, record
 from drift.reference import Reference
 from drift.sketch import Sketch, Sketches
-from drift.sources import SourceAlignment, SourceGradients, release
+from drift.source_alignment import SourceAlignment
+from drift.sources import SourceGradients, release
 from drift.style import STYLE_FEATURES, StyleComparison, StyleProbe, compare_styles, style_distance, style_features, style_matrix
 from drift.table import Recording, Row, load
 from drift.weights import ParameterDrift, parameter_drift
