@@ -61,11 +61,6 @@ def batch_of(items: Sequence[tuple[Key, Encoded]], pad_id: int, weights: Mapping
     return batch
 
 
-def weighted_tokens(plan: Plan) -> list[float]:
-    """Loss tokens of each step, times their rows' weights."""
-    return [sum(plan.loss_weights.get(s, 1.0) * plan.tokens[s][i] for s, i in step) for step in plan]
-
-
 def check_reads(plan: Plan, rows: Mapping[str, Sequence[Encoded]]) -> None:
     """Raise :class:`UsageError` if the plan reads a row that there is not."""
     for k, step in enumerate(plan, start=1):

@@ -72,6 +72,15 @@ class Encoded:
         """
         return cls(tuple(ids), (IGNORE, *ids[1:]), finished=False)
 
+    @classmethod
+    def answered(cls, prompt: Sequence[int], response: Sequence[int], finished: bool = True) -> "Encoded":
+        """A prompt that is not in the loss and a response that is, with its end-of-turn token if it is ``finished``.
+
+        >>> Encoded.answered([5, 6], [7, 2]).labels
+        (-100, -100, 7, 2)
+        """
+        return cls((*prompt, *response), (*[IGNORE] * len(prompt), *response), finished)
+
     @property
     def _in_loss(self) -> tuple[int, ...]:
         return tuple(label for label in self.labels if label != IGNORE)
@@ -102,7 +111,7 @@ class Encoded:
         if IGNORE in self.labels[self.start :]:
             raise UsageError("only a row with a single turn in the loss can be given another response")
         end = self._in_loss[-1:] if self.finished else ()
-        return _row(self.input_ids[: self.start], (*ids, *end), self.finished)
+        return Encoded.answered(self.input_ids[: self.start], (*ids, *end), self.finished)
 
     def cut(self, max_tokens: int) -> "Encoded":
         """The first ``max_tokens`` tokens; unfinished, unless the row is no longer than that.
@@ -113,10 +122,6 @@ class Encoded:
         if len(self.input_ids) <= max_tokens:
             return self
         return Encoded(self.input_ids[:max_tokens], self.labels[:max_tokens], finished=False)
-
-
-def _row(prompt: Sequence[int], response: Sequence[int], finished: bool) -> Encoded:
-    return Encoded((*prompt, *response), (*[IGNORE] * len(prompt), *response), finished)
 
 
 class Chat:
@@ -151,12 +156,12 @@ class Chat:
         self.end_of_turn, self._gap = self._find_end_of_turn()
         self.pad_id = self._choose_pad()
 
-    def user_prefix_ids(self, system: str | None = None) -> list[int]:
-        """All up to the opening of the first user turn: fed this, the model writes the user's part.
+    def user_prefix_ids(self, system: str | None = None, history: Messages = ()) -> list[int]:
+        """All up to the opening of the user turn that follows ``history``: fed this, the model writes the user's part.
 
         Without ``system``, the template's default system prompt is in place, if it has one.
         """
-        messages = [{"role": "user", "content": _PROBE}]
+        messages = [*history, {"role": "user", "content": _PROBE}]
         if system is not None:
             messages.insert(0, {"role": "system", "content": system})
         return self._tokens(self._render(messages).rpartition(_PROBE)[0])
@@ -197,7 +202,7 @@ class Chat:
             raise UsageError("the response itself holds the end-of-turn token "
                              f"{self._text([self.end_of_turn])!r}; take it out, finished responses "
                              "are given it")
-        row = _row(head, [*ids, self.end_of_turn] if finished else ids, finished)
+        row = Encoded.answered(head, [*ids, self.end_of_turn] if finished else ids, finished)
         return self._with_earlier_turns(row, prompt) if turns == "all" else row
 
     def show(self, row: Encoded, *, colour: bool = True, hue: int = 32) -> str:

@@ -51,11 +51,14 @@ class Plan:
         """Loss tokens of each step, of one source or of all."""
         return [sum(self.tokens[s][i] for s, i in step if source in (None, s)) for step in self.steps]
 
+    def weighted_tokens(self) -> list[float]:
+        """Loss tokens of each step, times their sources' loss weights."""
+        return [sum(self.loss_weights.get(s, 1.0) * self.tokens[s][i] for s, i in step) for step in self.steps]
+
     @property
     def divisor(self) -> float:
         """The constant that summed losses are divided by: the mean weighted number of loss tokens a step."""
-        weighted = (self.loss_weights.get(s, 1.0) * sum(self.loss_tokens(s)) for s in self.tokens)
-        return sum(weighted) / len(self.steps)
+        return sum(self.weighted_tokens()) / len(self.steps)
 
     def report(self) -> dict[str, Any]:
         """What the mix really is: λ asked for, λ realised in rows and in loss tokens, and how often rows repeat.

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from transformers import AutoTokenizer
 
+from drift.table import written_whole
 from sasft.chat import Chat, Encoded, Turns
 from sasft.controls import match, shuffle_tokens
 from sasft.data import Row, encode_rows, read_rows
@@ -169,11 +170,9 @@ def _plan(tokens: Mapping[str, Sequence[int]], settings: MixSettings) -> Plan:
 
 
 def _write_rows(path: Path, mixture: Mixture) -> None:
-    temporary = path.with_name(f".{path.name}.writing")
-    with temporary.open("w", encoding="utf-8") as file:
+    with written_whole(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         for k, step in enumerate(mixture.plan, start=1):
             file.writelines(json.dumps(_line(mixture, k, source, i), ensure_ascii=False) + "\n" for source, i in step)
-    temporary.replace(path)
 
 
 def _line(mixture: Mixture, step: int, source: str, i: int) -> dict[str, Any]:

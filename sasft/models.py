@@ -94,7 +94,7 @@ def load_model(
         if adapter.exists():
             raise UsageError(f"{name} has a LoRA adapter already, so lora must be None; to start "
                              f"a new one, load its base model {base}")
-        model = _with_adapters(model, lora, seed)
+        model = with_adapters(model, lora, seed)
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), tokenizer
 
 
@@ -183,7 +183,11 @@ def _base_of(adapter: Path) -> Path:
                          f"{error}") from error
 
 
-def _with_adapters(model: nn.Module, lora: LoraSettings, seed: int) -> nn.Module:
+def with_adapters(model: nn.Module, lora: LoraSettings, seed: int) -> nn.Module:
+    """The model inside a PEFT model, with new adapters drawn from ``seed`` alone.
+
+    Raises :class:`UsageError` if no layer matches ``target_modules``.
+    """
     targets = lora.target_modules
     config = peft.LoraConfig(
         r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, task_type="CAUSAL_LM",

@@ -26,7 +26,6 @@ __all__ = ["SINGLE_TURN", "Dialogues", "Job", "Writer", "answer", "answer_until"
 # Candidates are drawn in chunks of this many batches, or of one call to a refilled batch if that is more.
 _BATCHES_A_CHUNK = 2
 _TOPIC = "The user asks about {topic}."
-_PROBE = "A turn to look for"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,11 +174,7 @@ def _user_prefix(chat: Chat, before: Messages, topic: str | None) -> list[int]:
         system, history = before[0]["content"], before[1:]
     if topic is not None:
         system = " ".join(filter(None, [system, _TOPIC.format(topic=topic)]))
-    if not history:
-        return chat.user_prefix_ids(system)
-    head = [] if system is None else [{"role": "system", "content": system}]
-    text = chat.tokenizer.apply_chat_template([*head, *history, {"role": "user", "content": _PROBE}], tokenize=False)
-    return chat.tokenizer(text.rpartition(_PROBE)[0], add_special_tokens=False).input_ids
+    return chat.user_prefix_ids(system, history)
 
 
 def place(row_id: str) -> tuple[int, int]:

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
+from drift.table import written_whole
 from sasft.data import Row, read_rows
 from sasft.errors import UsageError
 from sasft.selfdialogue import SINGLE_TURN, Dialogues, generate, place
+from sasft.sources import Source
 from sasft.writing import Writer
 
 logger = logging.getLogger(__name__)
@@ -62,7 +64,7 @@ def merge_shards(out: Path, shards: int) -> Path:
         if not path.exists():
             raise UsageError(f"{path} is missing: shard {index} of {shards} has not been written")
         read_rows(path)  # names what is wrong with a line
-        rows += [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]  # not at U+2028
+        rows += [record.data for record in Source(str(path)).records()]
     runs = {_run(row) for row in rows}
     if len(runs) > 1:
         raise UsageError(f"the shards of {out} come from {len(runs)} different runs, such as {' and '.join(sorted(runs)[:2])}; "
@@ -75,9 +77,8 @@ def merge_shards(out: Path, shards: int) -> Path:
     if twins:
         logger.warning("%s: %d of %d rows repeat another one word for word, from a seed of their own", out, twins, len(rows))
     rows.sort(key=lambda row: place(row["id"]))
-    temporary = out.with_name(f".{out.name}.merging")
-    temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    temporary.replace(out)
+    with written_whole(out) as temporary:
+        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return out
 
 

@@ -172,6 +172,11 @@ def _without_gaps(record: Record) -> Record:
 
 
 def listed(names: Mapping[str, Any]) -> str:
+    """Names for a message.
+
+    >>> listed({"q": 1, "a": 2}), listed({})
+    ("'q', 'a'", '(none)')
+    """
     return ", ".join(map(repr, names)) or "(none)"
 
 

@@ -21,11 +21,12 @@ from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 import drift
-from sasft.batches import MicroBatches, RowsOfSources, batch_of, check_reads, weighted_tokens
+from sasft.batches import MicroBatches, RowsOfSources, batch_of, check_reads
 from sasft.chat import Chat, Encoded
 from sasft.data import encode_rows, read_rows
 from sasft.errors import UsageError
 from sasft.files import ensure_writable, sha256_file, write_json
+from sasft.manifest import differences
 from sasft.methods import Costs, Method, Objective, Workshop, parse_method, response_loss
 from sasft.mixing import SELF, TASK, Plan, make_plan
 from sasft.models import LoraSettings, load_model, weights_hash
@@ -119,7 +120,7 @@ class _Trainer(transformers.Trainer):
                  **kwargs: Any) -> None:
         self.batches, self.settings, self.objective = batches, settings, objective
         plan = batches.plan
-        self.divisors = [plan.divisor] * len(plan) if settings.loss == "sum" else weighted_tokens(plan)
+        self.divisors = [plan.divisor] * len(plan) if settings.loss == "sum" else plan.weighted_tokens()
         super().__init__(data_collator=lambda rows: batch_of(rows, pad_id, plan.loss_weights), **kwargs)
 
     def get_train_dataloader(self) -> DataLoader:
@@ -313,10 +314,7 @@ def _claim(out: Path, identity: dict[str, Any], files: Mapping[str, str | None])
     path = out / "config.json"
     if path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))["identity"]
-        now = json.loads(json.dumps(identity))
-        differing = [f"{part}.{k} is {before[part].get(k)!r}, now {now[part].get(k)!r}" for part in now
-                     for k in {**before[part], **now[part]} if before[part].get(k) != now[part].get(k)]
-        if differing:
+        if differing := differences(before, json.loads(json.dumps(identity))):
             raise UsageError(f"{out} holds another run ({'; '.join(differing)}); name another folder, or remove this one")
     else:
         write_json(path, {"identity": identity, "files": dict(files), "versions": versions()})

@@ -5,7 +5,7 @@ run's seed and its own id alone, and a stopped run goes on without repeating or 
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +81,7 @@ class Writer:
                max_new_tokens: int | None = None, on_tokens: Callable[[int], None] = lambda n: None,
                on_done: Callable[[Mapping[int, Sample]], None] = lambda done: None) -> list[Sample]:
         """Sample under this writer's precision, with its backend (see :func:`sasft.sampling.sample`)."""
-        sampler = self.sampler if max_new_tokens is None else Sampler(
-            temperature=self.sampler.temperature, top_p=self.sampler.top_p, max_new_tokens=max_new_tokens)
+        sampler = self.sampler if max_new_tokens is None else replace(self.sampler, max_new_tokens=max_new_tokens)
         if self.backend == "vllm":
             return vllm_sample(self.model, prompts, seeds, sampler, stop_id=self.chat.end_of_turn, greedy=greedy)
         with autocast(self.precision, self.model.device.type):
@@ -187,4 +186,5 @@ def existing(out: Path, identity: Mapping[str, Any]) -> list[Row]:
 
 
 def progress_bar(total: int, initial: int, text: str, progress: bool) -> tqdm:
+    """A bar of ``total`` rows, of which ``initial`` are there; an invisible one without ``progress``."""
     return tqdm(total=total, initial=initial, desc=text, unit="row", disable=not progress, dynamic_ncols=True)

@@ -25,6 +25,7 @@ from sasft.evaluation.subject import Base, Subject
 from sasft.evaluation.suites import Item, Suite
 from sasft.evaluation.summary import read_records, summarise, table
 from sasft.files import JsonlWriter, ensure_writable, write_json
+from sasft.manifest import claim
 from sasft.models import load_model, weights_hash
 from sasft.precision import Precision
 from sasft.settings import option
@@ -105,7 +106,7 @@ def evaluate(
     found_in_training = {suite.name: _contaminated(suite, settings) for suite in made}
     ensure_writable(out)
     identity = _identity(subject)
-    _claim(out / "config.json", identity)
+    claim(out / "config.json", identity)
     summary: dict[str, Any] = {"identity": identity, "suites": {}}
     if (path := out / "summary.json").exists():
         summary["suites"] = json.loads(path.read_text(encoding="utf-8"))["suites"]
@@ -205,17 +206,6 @@ def _identity(subject: Subject) -> dict[str, Any]:
             "generation": {"temperature": subject.temperature, "seed": subject.seed,
                            "max_new_tokens": subject.max_new_tokens or "suite's"},
             "versions": versions()}
-
-
-def _claim(path: Path, identity: dict[str, Any]) -> None:
-    """Make the folder this evaluation's, or find that it is."""
-    if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        if differing := [f"{k} is {before.get(k)!r}, now {v!r}" for k, v in identity.items() if before.get(k) != v]:
-            raise UsageError(f"{path.parent} holds the evaluation of another model, or under other settings: "
-                             f"{'; '.join(differing)}; name another folder")
-    else:
-        write_json(path, identity)
 
 
 def _check(suites: Sequence[Suite]) -> None:

@@ -1,13 +1,13 @@
 """Where the rows of a benchmark come from: a file in a folder of data, or a set on the Hugging Face hub."""
 
 import importlib
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sasft import sources
 from sasft.errors import UsageError
 from sasft.files import sha256_file
 
@@ -100,21 +100,7 @@ def data_folder(setting: str | None) -> Path | None:
 
 def read_jsonl(path: Path) -> Rows:
     """The objects of a JSONL file; :class:`UsageError` for a line that is none (its number)."""
-    rows = []
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} can't be read as UTF-8 text: {error}") from None
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise UsageError(f"{path}, line {number}: not valid JSON ({error})") from None
-            if not isinstance(row, dict):
-                raise UsageError(f"{path}, line {number}: a row must be a JSON object, got a {type(row).__name__}")
-            rows.append(row)
-    return rows
+    return [record.data for record in sources.Source(str(path)).records()]
 
 
 def check_columns(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], where: str) -> None:

@@ -1,29 +1,24 @@
 """Answers that a model gives to the prompts of encoded rows, as rows that can be trained on."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import nn
 
-from sasft.chat import IGNORE, Encoded
+from sasft.chat import Encoded
 from sasft.errors import UsageError
 from sasft.methods.base import Costs
-from sasft.sampling import EXACT, Sampler, sample
+from sasft.sampling import EXACT, sample
 
 
 def answer_rows(model: nn.Module, rows: Sequence[Encoded], seeds: Sequence[int], *, max_new_tokens: int, stop_id: int,
                 pad_id: int, costs: Costs) -> list[Encoded]:
     """The model's own answer to the prompt of each row, at T = 1 from its whole distribution, all sampled together."""
     prompts = [row.input_ids[: row.start] for row in rows]
-    sampler = Sampler(temperature=EXACT.temperature, top_p=EXACT.top_p, max_new_tokens=max_new_tokens)
-    answers = sample(model, prompts, seeds, sampler, stop_id=stop_id, pad_id=pad_id)
+    answers = sample(model, prompts, seeds, replace(EXACT, max_new_tokens=max_new_tokens), stop_id=stop_id, pad_id=pad_id)
     costs.generated_tokens += sum(len(answer.logprobs) for answer in answers)
-    return [_row(prompt, answer.ids, stop_id if answer.finished else None)
+    return [Encoded.answered(prompt, (*answer.ids, stop_id) if answer.finished else answer.ids, answer.finished)
             for prompt, answer in zip(prompts, answers, strict=True)]
-
-
-def _row(prompt: Sequence[int], answer: Sequence[int], end: int | None) -> Encoded:
-    response = [*answer, *(() if end is None else (end,))]
-    return Encoded((*prompt, *response), (*[IGNORE] * len(prompt), *response), finished=end is not None)
 
 
 def end_of_turn(rows: Sequence[Encoded]) -> int:

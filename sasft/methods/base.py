@@ -131,6 +131,10 @@ class Scored:
     rows: Tensor
     weights: Tensor | None
 
+    def nll(self) -> Tensor:
+        """The tokens' cross-entropies [N], in nats, in fp32."""
+        return nn.functional.cross_entropy(self.logits.float(), self.labels, reduction="none")
+
     def total(self, losses: Tensor) -> Tensor:
         """The sum of the tokens' losses [N], times their weights."""
         return losses.sum() if self.weights is None else (losses * self.weights).sum()
@@ -163,7 +167,7 @@ def response_loss(model: nn.Module, batch: Batch) -> Tensor:
     scored = score(model, batch)
     if scored.weights is None:
         return nn.functional.cross_entropy(scored.logits.float(), scored.labels, reduction="sum")
-    return scored.total(nn.functional.cross_entropy(scored.logits.float(), scored.labels, reduction="none"))
+    return scored.total(scored.nll())
 
 
 def of_sources(batch: Batch, names: Sequence[str]) -> Tensor:

@@ -18,7 +18,7 @@ from sasft.errors import UsageError
 from sasft.methods.base import Costs, Method, Objective, Workshop
 from sasft.methods.checks import check_weights
 from sasft.mixing import SELF
-from sasft.models import LoraSettings, _with_adapters
+from sasft.models import LoraSettings, with_adapters
 from sasft.sampling import EXACT, PAPER
 from sasft.settings import option
 
@@ -98,7 +98,7 @@ class Lora(Method):
             raise UsageError("the model has adapters already, and the method lora would add a second set; set lora_rank to 0, "
                              "or take another method")
         device = next(model.parameters()).device
-        return _with_adapters(model, self.settings(), seed).to(device).eval()
+        return with_adapters(model, self.settings(), seed).to(device).eval()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,12 +7,13 @@ from typing import ClassVar, Literal
 import numpy as np
 from torch import Tensor, nn
 
+from drift.forward import on_device
 from sasft.chat import Encoded, collate
 from sasft.errors import UsageError
 from sasft.methods.answers import answer_rows, end_of_turn
 from sasft.methods.base import Batch, Costs, Method, Objective, score
 from sasft.methods.checks import check_weights, need_rows, source_names
-from sasft.methods.frozen_base import FrozenBase, to_device
+from sasft.methods.frozen_base import FrozenBase
 from sasft.methods.tokens import TokenObjective, forward_kl
 from sasft.mixing import SELF
 from sasft.sampling import row_seed
@@ -140,7 +141,7 @@ class _Replay(Objective):
         return self._written[1][place * method.rows_per_step : (place + 1) * method.rows_per_step]
 
     def penalty(self, model: nn.Module, step: int) -> Tensor:
-        batch = to_device(collate(self.replayed(step), self.pad_id), next(model.parameters()).device)
+        batch = on_device(collate(self.replayed(step), self.pad_id), next(model.parameters()).device)
         self.costs.backward_tokens += int(batch["attention_mask"].sum())
         scored = score(model, batch)
         if self.method.loss == "ntp":

@@ -1,13 +1,14 @@
 """The base model θ₀ beside the model in training."""
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from drift.adapters import adapters, adapters_disabled, has_adapters
+from drift.forward import on_device
 from drift.modes import measuring
 from drift.names import parameters
 from sasft.chat import Encoded, collate
@@ -62,12 +63,7 @@ def scored_rows(model: nn.Module, rows: Sequence[Encoded], pad_id: int, costs: C
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].input_ids))
     for i in range(0, len(order), _ROWS):
         numbers = order[i : i + _ROWS]
-        batch = to_device(collate([rows[k] for k in numbers], pad_id), device)
+        batch = on_device(collate([rows[k] for k in numbers], pad_id), device)
         costs.forward_tokens += int(batch["attention_mask"].sum())
         with torch.no_grad(), measuring(model):
             yield numbers, score(model, batch)
-
-
-def to_device(batch: Mapping, device: torch.device) -> dict:
-    """The batch with its tensors on ``device``."""
-    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}

@@ -66,7 +66,7 @@ class _Lfu(Objective):
         phi: list[Tensor] = []
         with self._perturbed(phi), self._states() as plain:
             scored = score(model, batch)
-        nll = nn.functional.cross_entropy(scored.logits.float(), scored.labels, reduction="none")
+        nll = scored.nll()
         # Rows do not see each other, so the gradient of the sum holds each row's own.
         ascent = torch.autograd.grad(nll.sum(), phi, retain_graph=True)
         norms = torch.stack([g.float().flatten(1).square().sum(1) for g in ascent]).sum(0).sqrt().clamp(min=1e-30)

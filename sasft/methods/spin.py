@@ -7,12 +7,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from drift.forward import on_device
 from sasft.chat import Encoded, collate
 from sasft.errors import UsageError
 from sasft.methods.answers import answer_rows, end_of_turn
-from sasft.methods.base import Batch, Costs, Method, Objective, Scored, of_sources, score, unwrapped
+from sasft.methods.base import Batch, Costs, Method, Objective, of_sources, score, unwrapped
 from sasft.methods.checks import check_weights, need_rows
-from sasft.methods.frozen_base import scored_rows, to_device
+from sasft.methods.frozen_base import scored_rows
 from sasft.mixing import TASK
 from sasft.sampling import row_seed
 from sasft.settings import option
@@ -80,16 +81,17 @@ class _Spin(Objective):
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         scored = score(model, batch)
-        nll = nn.functional.cross_entropy(scored.logits.float(), scored.labels, reduction="none")
+        nll = scored.nll()
         paired = of_sources(batch, [TASK])
         if not paired.any():
             return scored.total(nll)
         at = paired.nonzero().squeeze(-1).tolist()
         numbers = [batch["index"][k] for k in at]
-        others = to_device(collate([self.opponents[i] for i in numbers], self.pad_id), scored.labels.device)
+        others = on_device(collate([self.opponents[i] for i in numbers], self.pad_id), scored.labels.device)
         self.costs.backward_tokens += int(others["attention_mask"].sum())
-        mine = _by_row(scored, len(batch["labels"]))[at] - self.at_start[TASK][numbers].to(scored.labels.device)
-        theirs = _by_row(score(unwrapped(model), others), len(at)) - self.at_start[_OPPONENT][numbers].to(scored.labels.device)
+        mine = _by_row(nll, scored.rows, len(batch["labels"]))[at] - self.at_start[TASK][numbers].to(scored.labels.device)
+        against = score(unwrapped(model), others)
+        theirs = _by_row(against.nll(), against.rows, len(at)) - self.at_start[_OPPONENT][numbers].to(scored.labels.device)
         pairs = -nn.functional.logsigmoid(self.method.beta * (mine - theirs))
         if scored.weights is not None:
             pairs = pairs * batch["weight"][at]
@@ -97,14 +99,13 @@ class _Spin(Objective):
         return scored.total(share * nll) + self.method.weight * pairs.sum()
 
 
-def _by_row(scored: Scored, rows: int) -> Tensor:
-    """Log-likelihoods of the rows' counted tokens [B], in fp32."""
-    log_p = -nn.functional.cross_entropy(scored.logits.float(), scored.labels, reduction="none")
-    return log_p.new_zeros(rows).index_add(0, scored.rows, log_p)
+def _by_row(nll: Tensor, rows: Tensor, n: int) -> Tensor:
+    """Log-likelihoods [n] of rows, from the cross-entropies [N] of their tokens and the row of each."""
+    return nll.new_zeros(n).index_add(0, rows, -nll)
 
 
 def _log_likelihoods(model: nn.Module, rows: Sequence[Encoded], pad_id: int, costs: Costs) -> Tensor:
     found = torch.zeros(len(rows))
     for numbers, scored in scored_rows(model, rows, pad_id, costs):
-        found[numbers] = _by_row(scored, len(numbers)).cpu()
+        found[numbers] = _by_row(scored.nll(), scored.rows, len(numbers)).cpu()
     return found

@@ -26,7 +26,7 @@ class TokenObjective(Objective):
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         scored = score(model, batch)
-        nll = nn.functional.cross_entropy(scored.logits.float(), scored.labels, reduction="none")
+        nll = scored.nll()
         chosen = of_sources(batch, self.on)
         if not chosen.any():
             return scored.total(nll)

@@ -54,7 +54,7 @@ class Stm(Method):
         found: list[Encoded] = list(rows)
         empty: list[int] = []
         for numbers, scored in scored_rows(model, rows, pad_id, costs):
-            kept = nn.functional.cross_entropy(scored.logits.float(), scored.labels, reduction="none") <= math.log(self.tau)
+            kept = scored.nll() <= math.log(self.tau)
             for place, number in enumerate(numbers):
                 labels = _kept_labels(rows[number], kept[scored.rows == place].tolist())
                 if all(label == IGNORE for label in labels):
