@@ -6,16 +6,13 @@ rows' part of the result, which is what it would give on the repeat's batch.
 """
 
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
-from functools import cached_property
+from dataclasses import fields
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.stats import binomtest
-from scipy.stats import t as student
 from torch import Tensor
 
 import drift
@@ -23,112 +20,15 @@ from drift import alignment, fisher
 from drift.decompose import decompose
 from drift.divergence import RowDivergences
 from drift.forward import logits_of, summed_nll
-from sasft.chat import collate
 from studies.lab import exact
 from studies.lab.courses import Rows
-from studies.lab.descent import descend
-from studies.lab.drawing import PAD, draw, encoded, module
 from studies.lab.exact import Expected
-from studies.lab.experiment import ALL, OTHERS, Bases, cell, external_rows, rows_of_cell, self_rows, tables
-from studies.lab.model import unflat
+from studies.lab.experiment import ALL, OTHERS, Bases, rows_of_cell, tables
+from studies.lab.place import Case, Found, Place, Pool, bare, seconds, within
+from studies.lab.start import gradients_by_prompt
 from studies.lab.tree import N_RESPONSES, flow, response_probabilities
 from studies.lab.world import prompts_of
 from studies.stats import over_seeds
-
-Batch = Mapping[str, object]
-Found = tuple[float, float, float]  # an estimate, and the ends of its interval (nan without one)
-
-
-@dataclass(frozen=True)
-class Case:
-    """One estimator. ``exact``: what it estimates; ``find(k)``: what it finds in repeat k; ``seconds``: of one call on ``rows`` rows;
-    ``of_pass``: in units of a forward and a backward pass over them (nan where no model is run)."""
-
-    quantity: str
-    estimator: str
-    rows: int
-    exact: float
-    find: Callable[[int], Found]
-    seconds: float = math.nan
-    of_pass: float = math.nan
-
-
-def within(value: float, error: float, units: int) -> Found:
-    """An estimate with the 95 % interval that its standard error over so many independent units gives: ± t · error."""
-    reach = student.ppf(0.975, units - 1) * error
-    return value, value - reach, value + reach
-
-
-def bare(value: float) -> Found:
-    """An estimate that comes without an interval."""
-    return value, math.nan, math.nan
-
-
-class Place:
-    """One base of the lab, a drift from it, and sources of rows: what all cases share."""
-
-    def __init__(self, bases: Bases, seed: int = 0) -> None:
-        self.bases, self.seed = bases, seed
-        self.base = module(bases.one(seed), bases.setup.width)
-        self.sources = {"self": self_rows(bases, seed), "kept": self_rows(bases, seed, prompts=OTHERS),
-                        "external": external_rows(1.0)(bases, seed), "foreign": rows_of_cell(bases, seed, "foreign", "old", ALL)}
-
-    @cached_property
-    def drift(self) -> Tensor:
-        """δ [P] after ten steps of training on the task."""
-        task = cell("foreign", "new")(self.bases, self.seed)
-        start = {n: p[self.seed : self.seed + 1] for n, p in self.bases.params.items()}
-        weights = descend(self.bases.model, start, task[None], lr=self.bases.setup.lr, record=(0, 10))
-        return weights[1, 0] - weights[0, 0]
-
-    @cached_property
-    def drifted(self) -> torch.nn.Module:
-        """The model at θ₀ + δ."""
-        return module({n: p + d for (n, p), d in zip(self.bases.one(self.seed).items(), self.by_name(self.drift).values(), strict=True)},
-                      self.bases.setup.width)
-
-    def by_name(self, vector: Tensor) -> dict[str, Tensor]:
-        """A vector [P] by parameter."""
-        return unflat(vector, self.bases.one(self.seed))
-
-    def expected(self, source: str) -> Tensor:
-        """The exact gradient [P] of a source at θ₀."""
-        return Expected(self.bases.model, flow(self.sources[source])).gradient(self.bases.one(self.seed))
-
-    def batch(self, numbers: Tensor) -> dict:
-        """Drawn rows as a batch."""
-        return collate(encoded(numbers), PAD)
-
-    def seconds(self, call: Callable[[], object]) -> float:
-        """Time of one call: the median of five, after one to warm up."""
-        call()
-        spent = []
-        for _ in range(5):
-            began = time.perf_counter()
-            call()
-            spent.append(time.perf_counter() - began)
-        return float(np.median(spent))
-
-    def cost(self, batch: Batch, call: Callable[[], object]) -> dict[str, float]:
-        """``seconds`` and ``of_pass`` of a call on a batch."""
-        def plain() -> None:
-            summed_nll(self.base, batch, logits_of).backward()
-            self.base.zero_grad()
-
-        spent = self.seconds(call)
-        return {"seconds": spent, "of_pass": spent / self.seconds(plain)}
-
-
-class Pool:
-    """The rows of all repeats, [K, n] numbers a source, and the different ones among them."""
-
-    def __init__(self, place: Place, sources: Sequence[str], repeats: int, n: int, seed: int) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        drawn = torch.stack([draw(place.sources[s], repeats * n, generator).view(repeats, n) for s in sources])
-        self.unique, places = drawn.unique(return_inverse=True)
-        self.drawn = dict(zip(sources, drawn, strict=True))
-        self.places = {s: p.numpy() for s, p in zip(sources, places, strict=True)}
-
 
 # --- gradients ------------------------------------------------------------------------------------------------------------
 
@@ -264,7 +164,7 @@ def push(place: Place, repeats: int, n: int = 8, batches: int = 6) -> Iterator[C
     pool = Pool(place, ("self",), repeats, n * batches, 4)
     base = drift.Reference.snapshot(place.base)
     own = Expected(place.bases.model, flow(place.sources["self"]))
-    force = own.gradient(unflat(_flat(place.bases.one(place.seed)) + place.drift, place.bases.one(place.seed)))
+    force = own.gradient(place.by_name(place.weights))
     matrix = exact.fisher(place.bases.model, place.bases.one(place.seed), prompts_of(ALL))
     truth = float(force @ place.drift / (place.drift @ matrix @ place.drift))
 
@@ -277,10 +177,6 @@ def push(place: Place, repeats: int, n: int = 8, batches: int = 6) -> Iterator[C
 
     cost = place.cost(place.batch(pool.drawn["self"][0]), lambda: estimate(0))
     yield Case("⟨g, δ⟩ / δᵀFδ of self-data", "fisher.restoring_force", n * batches, truth, found, **cost)
-
-
-def _flat(params: Mapping[str, Tensor]) -> Tensor:
-    return torch.cat([p.reshape(-1) for p in params.values()])
 
 
 # --- divergences ----------------------------------------------------------------------------------------------------------
@@ -323,8 +219,7 @@ def divergences(place: Place, repeats: int, n: int = 64) -> Iterator[Case]:
 
 
 def _log_p(place: Place) -> Tensor:
-    weights = _flat(place.bases.one(place.seed)) + place.drift
-    return tables(place.bases.model, weights[None], {n: p[:1] for n, p in place.bases.params.items()})[0]
+    return tables(place.bases.model, place.weights[None], {n: p[:1] for n, p in place.bases.params.items()})[0]
 
 
 # --- style and content ------------------------------------------------------------------------------------------------------
@@ -334,7 +229,7 @@ def decompositions(place: Place, repeats: int, n: int = 48) -> Iterator[Case]:
     """Parts of the gradient that style and content make up, from rows of the four cells at the same prompts."""
     kinds = [("own", "old"), ("foreign", "old"), ("own", "new"), ("foreign", "new")]
     rows = [rows_of_cell(place.bases, place.seed, *kind, ALL) for kind in kinds]
-    expected = [_by_prompt(place, r) for r in rows]
+    expected = [gradients_by_prompt(place.bases, place.seed, r) for r in rows]
     prompts = rows[0].sum(1)
     generator = torch.Generator().manual_seed(6)
     x = torch.multinomial(prompts, repeats * n, replacement=True, generator=generator)
@@ -351,7 +246,7 @@ def decompositions(place: Place, repeats: int, n: int = 48) -> Iterator[Case]:
     weight = prompts[:, None]
     style, content = (weight * ((fo - oo) + (fn - on)) / 2).sum(0), (weight * ((on - oo) + (fn - fo)) / 2).sum(0)
     total = style + content
-    spent = place.seconds(lambda: decompose(*cells(0), resamples=200))
+    spent = seconds(lambda: decompose(*cells(0), resamples=200))
     for quantity, name, truth, read in (
             ("‖E style effect‖²", "decompose, style.norm2", style @ style, lambda d: within(d.style.norm2, d.style.stderr, n)),
             ("‖E content effect‖²", "decompose, content.norm2", content @ content, lambda d: within(d.content.norm2, d.content.stderr, n)),
@@ -359,16 +254,6 @@ def decompositions(place: Place, repeats: int, n: int = 48) -> Iterator[Case]:
             ("style's share of the gradient", "decompose, style_share", style @ total / (total @ total),
              lambda d: (d.style_share.value, d.style_share.low, d.style_share.high))):
         yield Case(quantity, name, n, float(truth), lambda k, read=read: read(found[k]), seconds=spent)
-
-
-def _by_prompt(place: Place, rows: Tensor) -> Tensor:
-    """Expected gradients [X, P] of a cell at each prompt."""
-    found = []
-    for x in range(len(rows)):
-        only = torch.zeros_like(rows)
-        only[x] = rows[x] / rows[x].sum()
-        found.append(Expected(place.bases.model, flow(only)).gradient(place.bases.one(place.seed)))
-    return torch.stack(found)
 
 
 def sketches(place: Place, repeats: int) -> Iterator[Case]:
@@ -380,7 +265,7 @@ def sketches(place: Place, repeats: int) -> Iterator[Case]:
         sketch = drift.Sketch(4, 4, seed=k)
         return bare(float(sum((sketch.project(name, a[name]) * sketch.project(name, b[name])).sum() for name in a)))
 
-    yield Case("⟨E g, E g'⟩ of sketches", "Sketch(4, 4)", 1, truth, estimate, seconds=place.seconds(lambda: estimate(0)))
+    yield Case("⟨E g, E g'⟩ of sketches", "Sketch(4, 4)", 1, truth, estimate, seconds=seconds(lambda: estimate(0)))
 
 
 # --- intervals of the studies -------------------------------------------------------------------------------------------------
@@ -396,7 +281,7 @@ def seed_intervals(place: Place, repeats: int) -> Iterator[Case]:
                 return found.value, found.low, found.high
 
             yield Case(f"mean over {n} seeds, {kind}", "stats.over_seeds", n, 0.0 if kind == "normal" else 1.0, estimate,
-                       seconds=place.seconds(lambda e=estimate: e(0)))
+                       seconds=seconds(lambda e=estimate: e(0)))
 
 
 GROUPS: dict[str, Callable[[Place, int], Iterator[Case]]] = {

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.func import grad, vmap
 
 from studies.lab.model import Params, Support, flat_stacked
-from studies.lab.tree import N_NODES, PROMPTS
+from studies.lab.tree import PROMPTS
 from studies.lab.walk import Walk
 
 TOGETHER = 6  # models in one batch: more would only leave the processor's caches
@@ -40,7 +40,7 @@ def _together(model: nn.Module, params: Params, flows: Tensor, lr: float, record
 def _gradient(model: nn.Module, flows: Tensor) -> Callable[[Params], Iterable[Tensor]]:
     """The gradients of all models' losses: over the whole tree where the flows fill it, else over what they touch."""
     support = Support(flows)
-    if len(support.nodes) > N_NODES // 2:
+    if support.fills_the_tree:
         walk = Walk(model, PROMPTS[support.prompts])
         whole = walk.of(flows[:, support.prompts])
 

@@ -22,7 +22,7 @@ def encoded(numbers: Tensor) -> list[Encoded]:
     found = []
     for number in numbers.tolist():
         prompt, response = PROMPTS[number // N_RESPONSES].tolist(), RESPONSES[number % N_RESPONSES]
-        found.append(Encoded((*prompt, *response), (*[-100] * len(prompt), *response), finished=response[-1] == END))
+        found.append(Encoded.answered(prompt, response, finished=response[-1] == END))
     return found
 
 

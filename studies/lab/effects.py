@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from scipy.stats import rankdata, spearmanr
 
 from studies.lab.experiment import DISTANCES, LAMBDAS, TASK_ONLY
-from studies.stats import Effect, factorial, over_seeds
+from studies.stats import Effect, factorial, mean_over_seeds, over_seeds
 
 Rows = Sequence[Mapping[str, Any]]
 ACCOUNTS = {
@@ -55,14 +55,11 @@ def effects(tables: Mapping[str, Rows], n: int) -> dict[str, Effect]:
     def end(metric: str, arm: str, rows: Rows = arms) -> NDArray[np.float64]:
         return column(rows, metric, n, arm=arm, step=last)
 
-    def mean(values: NDArray[np.float64]) -> Effect:
-        return over_seeds(lambda s: values[s].mean(), n)
-
     def force(source: str) -> Effect:
-        return mean(column(forces, "of_task", n, source=source))
+        return mean_over_seeds(column(forces, "of_task", n, source=source))
 
     def difference(metric: str, a: str, b: str, rows: Rows = arms) -> Effect:
-        return mean(end(metric, a, rows) - end(metric, b, rows))
+        return mean_over_seeds(end(metric, a, rows) - end(metric, b, rows))
 
     def share(metric: str, rows: Rows = arms) -> Effect:
         cells = [end(metric, arm, rows) for arm in ("own/old", "own/new", "foreign/old", TASK_ONLY)]
@@ -73,7 +70,7 @@ def effects(tables: Mapping[str, Rows], n: int) -> dict[str, Effect]:
         return over_seeds(lambda s: (alone[s] - without[s]).mean() / (alone[s] - full[s]).mean(), n)
 
     def start_difference(name: str) -> Effect:
-        return mean(column(start, f"{name}_style", n) - column(start, f"{name}_content", n))
+        return mean_over_seeds(column(start, f"{name}_style", n) - column(start, f"{name}_content", n))
 
     def removed(kind: str) -> NDArray[np.float64]:
         free, held = (column(dose, f"along_{kind}", n, lam=lam, step=last) for lam in (0.0, 0.5))
@@ -87,7 +84,7 @@ def effects(tables: Mapping[str, Rows], n: int) -> dict[str, Effect]:
         """Mean |log(foretold/observed)| over λ; a prediction without bound counts as e^10 times too large."""
         errors = [np.abs(np.log(column(dose, foretold, n, lam=lam, step=step) / column(arms, "kl", n, arm=arm, step=step)))
                   for lam, arm in [(0.0, TASK_ONLY), *((lam, f"SA-SFT {lam}") for lam in LAMBDAS)]]
-        return mean(np.minimum(errors, 10).mean(0))
+        return mean_over_seeds(np.minimum(errors, 10).mean(0))
 
     def lead(outcome: str, *, ends: bool = False) -> Effect:
         race = Race(tables, outcome, n, ends=ends)
@@ -102,18 +99,18 @@ def effects(tables: Mapping[str, Rows], n: int) -> dict[str, Effect]:
         "C3/lab/kl": share("kl"), "C3/lab/content": share("content"), "C3/lab/kl, sampled": share("kl", drawn),
         "C4/lab/coherence": start_difference("coherence"), "C4/lab/shared": start_difference("cos_topics"),
         "C5/lab/kl": lead("kl"), "C5/lab/kl, ends": lead("kl", ends=True), "C5/lab/content": lead("content"),
-        "C6/lab/slope": mean(np.abs(_smallest(push, n) - 1)),
-        "C6/lab/push": mean(column(push, "cos_drift", n, course=TASK_ONLY, step=last)),
-        "C6/lab/against the task": mean(column(push, "cos_task", n, course="SA-SFT 0.5", step=last)),
-        "C7/lab/selective": mean(removed("style") - removed("content")),
-        "C7/lab/selective, equal dose": mean(removed_at_equal_dose("style") - removed_at_equal_dose("content")),
+        "C6/lab/slope": mean_over_seeds(np.abs(_smallest(push, n) - 1)),
+        "C6/lab/push": mean_over_seeds(column(push, "cos_drift", n, course=TASK_ONLY, step=last)),
+        "C6/lab/against the task": mean_over_seeds(column(push, "cos_task", n, course="SA-SFT 0.5", step=last)),
+        "C7/lab/selective": mean_over_seeds(removed("style") - removed("content")),
+        "C7/lab/selective, equal dose": mean_over_seeds(removed_at_equal_dose("style") - removed_at_equal_dose("content")),
         "C7/lab/dose, early": missed("kl_foretold", 5), "C7/lab/dose, end": missed("kl_foretold", last),
         "C7/lab/dose, end, Gauss-Newton": missed("kl_foretold_gn", last),
         "C8/lab/kl": difference("kl", "external 1.0", "SA-SFT 0.5"), "C8/lab/content": difference("content", "external 1.0", "SA-SFT 0.5"),
-        "C8/lab/kl, as varied": difference("kl", "external, as varied", "SA-SFT 0.5"), "C8/lab/order": mean(order),
+        "C8/lab/kl, as varied": difference("kl", "external, as varied", "SA-SFT 0.5"), "C8/lab/order": mean_over_seeds(order),
         "C9/lab/kl": kept("kl_dropped"), "C9/lab/content": kept("content_dropped"),
-        "C10/lab/kl": mean(at_equal_gain(arms, "kl", n, "SA-SFT 0.5")), "C10/lab/content": mean(at_equal_gain(arms, "content", n, "SA-SFT 0.5")),
-        "C10/lab/kl, sampled": mean(at_equal_gain(drawn, "kl", n, "SA-SFT 0.5")),
+        "C10/lab/kl": mean_over_seeds(at_equal_gain(arms, "kl", n, "SA-SFT 0.5")), "C10/lab/content": mean_over_seeds(at_equal_gain(arms, "content", n, "SA-SFT 0.5")),
+        "C10/lab/kl, sampled": mean_over_seeds(at_equal_gain(drawn, "kl", n, "SA-SFT 0.5")),
         "C11/lab/exact": difference("entropy", "SA-SFT 0.5", "own/old"), "C11/lab/paper": difference("entropy", "SA-SFT paper", "SA-SFT 0.5"),
         "C11/lab/paper, sampled": difference("entropy", "SA-SFT paper", "SA-SFT 0.5", drawn),
     }

@@ -18,7 +18,6 @@ from studies.lab.tree import (
     DIGITS,
     FINISHED,
     LENGTHS,
-    N_NODES,
     NODES,
     PROMPTS,
     RESPONSES,
@@ -89,10 +88,9 @@ class Expected:
     def __init__(self, model: nn.Module, flow: Tensor) -> None:
         self.model, self.support = model, Support(flow)
         self.flow = self.support.of(flow)
-        self._whole = len(self.support.nodes) > N_NODES // 2
 
     def _log_probs(self, params: Params) -> Tensor:
-        if self._whole:
+        if self.support.fills_the_tree:
             return log_probs(self.model, params, PROMPTS[self.support.prompts])[..., self.support.nodes, :]
         return self.support.log_probs(self.model, params)
 

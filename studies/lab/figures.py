@@ -5,13 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from studies.figures import DARK, LIGHT, MARKERS, MIDDLE, error_bars, new_figure, save
 from studies.lab.effects import ACCOUNTS, Race, Rows, at_equal_gain, column
 from studies.lab.experiment import LAMBDAS, TASK_ONLY
 from studies.lab.sweeps import SA_SFT
-from studies.stats import Effect, over_seeds
+from studies.stats import Effect, mean_over_seeds, over_seeds
 
 Verdicts = Mapping[str, Mapping[str, Any]]
 TOO_LARGE = 5.0  # nats a token, of a forecast that has left all bounds
@@ -32,10 +31,6 @@ def draw_all(tables: Mapping[str, Rows], verdicts: Verdicts, n: int, folder: Pat
 Save = Callable[[Any, str, Sequence[Mapping[str, Any]]], list[Path]]
 
 
-def _mean(values: NDArray[np.float64]) -> Effect:
-    return over_seeds(lambda s: values[s].mean(), len(values))
-
-
 def _row(effect: Effect, **where: Any) -> dict[str, Any]:
     return {**where, "value": effect.value, "low": effect.low, "high": effect.high}
 
@@ -43,7 +38,7 @@ def _row(effect: Effect, **where: Any) -> dict[str, Any]:
 def draw_forces(tables: Mapping[str, Rows], n: int, keep: Save) -> list[Path]:
     """C1: forces at θ₀."""
     names = list(dict.fromkeys(row["source"] for row in tables["forces"]))
-    found = [_mean(column(tables["forces"], "of_task", n, source=name)) for name in names]
+    found = [mean_over_seeds(column(tables["forces"], "of_task", n, source=name)) for name in names]
     order = np.argsort([e.value for e in found])
     figure, axis = new_figure(7.2, 3.9)
     floor = 1e-17
@@ -70,7 +65,7 @@ def draw_cells(tables: Mapping[str, Rows], n: int, keep: Save) -> list[Path]:
     rows = []
     for axis, (metric, unit, title) in zip(axes, (("kl", "nats/token", "In how it answers: KL of whole responses"),
                                                   ("content", "nats/response", "In what it says: KL of the content alone")), strict=True):
-        found = [_mean(column(arms, metric, n, arm=arm, step=last)) for arm in CELLS]
+        found = [mean_over_seeds(column(arms, metric, n, arm=arm, step=last)) for arm in CELLS]
         axis.bar(range(4), [e.value for e in found], color=[LIGHT, LIGHT, MIDDLE, MIDDLE], hatch=["", "//", "", "//"], edgecolor="black", linewidth=0.7)
         axis.errorbar(range(4), [e.value for e in found], yerr=error_bars(found), fmt="none", ecolor="black", capsize=3, linewidth=1)
         axis.set_xticks(range(4), labels, fontsize=7.5)
@@ -96,7 +91,7 @@ def draw_push(tables: Mapping[str, Rows], n: int, keep: Save) -> list[Path]:
     steps = sorted({r["step"] for r in tables["push"] if r["course"] != "line"})
     for k, (course, colour) in enumerate(((TASK_ONLY, DARK), ("SA-SFT 0.5", MIDDLE))):
         for name, style, label in (("cos_drift", "-", "cos(g self, δ)"), ("cos_task", "--", "cos(g self, g task)")):
-            found = [_mean(column(tables["push"], name, n, course=course, step=step)) for step in steps]
+            found = [mean_over_seeds(column(tables["push"], name, n, course=course, step=step)) for step in steps]
             right.errorbar(steps, [e.value for e in found], yerr=error_bars(found), color=colour, linestyle=style, marker=MARKERS[k], markersize=4,
                            capsize=2, linewidth=1, label=f"{label}, {course.removesuffix(' 0.5')}")
             rows += [{"panel": "course", "course": course, "step": step, "quantity": name, **_row(e)} for step, e in zip(steps, found, strict=True)]
@@ -119,7 +114,7 @@ def draw_dose(tables: Mapping[str, Rows], n: int, keep: Save) -> list[Path]:
     figure, (left, right) = new_figure(8.6, 3.8, 2)
     lams, rows = (0.0, *LAMBDAS), []
     for step, colour, marker in zip(shown, (LIGHT, MIDDLE, DARK), MARKERS, strict=False):
-        observed = [_mean(column(arms, "kl", n, arm=TASK_ONLY if lam == 0 else f"SA-SFT {lam}", step=step)) for lam in lams]
+        observed = [mean_over_seeds(column(arms, "kl", n, arm=TASK_ONLY if lam == 0 else f"SA-SFT {lam}", step=step)) for lam in lams]
         left.errorbar(lams, [e.value for e in observed], yerr=error_bars(observed), fmt=marker, color=colour, markeredgecolor="black", ecolor="black",
                       capsize=2, label=f"observed after {step} steps", linewidth=0.9)
         for name, line in (("kl_foretold_gn", "-"), ("kl_foretold", ":")):
@@ -136,7 +131,7 @@ def draw_dose(tables: Mapping[str, Rows], n: int, keep: Save) -> list[Path]:
     left.legend(frameon=False, fontsize=6.5, loc="lower left")
     for kind, colour, marker in (("style", MIDDLE, "o"), ("content", DARK, "s")):
         free = column(dose, f"along_{kind}", n, lam=0.0, step=steps[-1])
-        removed = [_mean(1 - column(dose, f"along_{kind}", n, lam=lam, step=steps[-1]) / free) for lam in LAMBDAS]
+        removed = [mean_over_seeds(1 - column(dose, f"along_{kind}", n, lam=lam, step=steps[-1]) / free) for lam in LAMBDAS]
         right.errorbar(LAMBDAS, [e.value for e in removed], yerr=error_bars(removed), color=colour, marker=marker, capsize=2, linewidth=1,
                        label=f"in the span of {kind}'s gradients")
         rows += [{"step": steps[-1], "lam": lam, "quantity": f"removed along {kind}", "value": e.value, "low": e.low, "high": e.high}
@@ -181,8 +176,8 @@ def draw_mixing(tables: Mapping[str, Rows], n: int, keep: Save) -> list[Path]:
     rows = []
     for axis, (metric, unit) in zip(axes, (("kl", "KL of responses, nats/token"), ("content", "KL of what is said, nats/response")), strict=True):
         for k, arm in enumerate(chosen):
-            lost = [_mean(column(arms, metric, n, arm=arm, step=step)) for step in steps]
-            gained = [_mean(column(arms, "gain", n, arm=arm, step=step)) for step in steps]
+            lost = [mean_over_seeds(column(arms, metric, n, arm=arm, step=step)) for step in steps]
+            gained = [mean_over_seeds(column(arms, "gain", n, arm=arm, step=step)) for step in steps]
             colour = (DARK, MIDDLE, LIGHT)[k % 3]
             axis.plot([max(e.value, 1e-6) for e in lost[1:]], [e.value for e in gained[1:]], color=colour, linewidth=0.9)
             axis.errorbar(lost[-1].value, gained[-1].value, xerr=error_bars(lost[-1:]), yerr=error_bars(gained[-1:]), fmt=MARKERS[k], color=colour,
@@ -209,7 +204,7 @@ def draw_phase(tables: Mapping[str, Rows], n: int, keep: Save) -> list[Path]:
             for j, width in enumerate(widths):
                 some = [r for r in sweep if r["coupling"] == coupling and r["width"] == width]
                 values = at_equal_gain(some, metric, n, SA_SFT)
-                effect = _mean(values[np.isfinite(values)]) if np.isfinite(values).any() else Effect(np.nan, np.nan, np.nan)
+                effect = mean_over_seeds(values[np.isfinite(values)]) if np.isfinite(values).any() else Effect(np.nan, np.nan, np.nan)
                 grid[i, j] = effect.value
                 rows.append(_row(effect, metric=metric, unit=unit, coupling=coupling, width=width, seeds=int(np.isfinite(values).sum())))
         top = np.nanmax(np.abs(grid))
@@ -241,8 +236,8 @@ def draw_limits(tables: Mapping[str, Rows], n: int, keep: Save) -> list[Path]:
             found = []
             for name, value in conditions:
                 some = [r for r in sweep if r["sweep"] == name and r["value"] == value]
-                found.append(_mean(column(some, metric, n, arm=arm, step=last)))
-                gain = _mean(column(some, "gain", n, arm=arm, step=last))
+                found.append(mean_over_seeds(column(some, metric, n, arm=arm, step=last)))
+                gain = mean_over_seeds(column(some, "gain", n, arm=arm, step=last))
                 rows.append({**_row(found[-1], varied=name, setting=value, arm=arm, metric=metric, unit=unit), "gain": gain.value})
             axis.errorbar([e.value for e in found], range(len(found)), xerr=error_bars(found), fmt=marker, color=colour, markeredgecolor="black",
                           ecolor="black", capsize=2, linewidth=0.9, label=arm)
@@ -261,7 +256,7 @@ def draw_sampled(tables: Mapping[str, Rows], n: int, keep: Save) -> list[Path]:
     last = max(row["step"] for row in drawn)
     names = list(dict.fromkeys(row["arm"] for row in drawn))
     figure, (left, right) = new_figure(8.4, 3.6, 2)
-    found = [_mean(column(drawn, "kl", n, arm=arm, step=last)) for arm in names]
+    found = [mean_over_seeds(column(drawn, "kl", n, arm=arm, step=last)) for arm in names]
     left.barh(range(len(names)), [e.value for e in found], color=MIDDLE, edgecolor="black", linewidth=0.6)
     left.errorbar([e.value for e in found], range(len(names)), xerr=error_bars(found), fmt="none", ecolor="black", capsize=2, linewidth=0.9)
     left.set_yticks(range(len(names)), names)

@@ -118,6 +118,11 @@ class Support:
         self._tails = torch.tensor([[*leaf, *[1] * (width - len(leaf))] for leaf in leaves], dtype=torch.int64).view(len(leaves), width)
 
     @property
+    def fills_the_tree(self) -> bool:
+        """Whether running the whole tree is cheaper than running these nodes one by one."""
+        return len(self.nodes) > len(NODES) // 2
+
+    @property
     def size(self) -> tuple[int, int]:
         """Numbers of prompts and of nodes."""
         return len(self.prompts), len(self.nodes)

@@ -49,12 +49,9 @@ def sampled(bases: Bases, seed: int) -> Rows:
     for name, arm in ARMS.items():
         weights, recording = train(one, arm, seed)
         measured = {metric: values[:, 0].tolist() for metric, values in measure(one, weights.unsqueeze(1)).items()}
-        recorded = {metric: recording.series(metric, source=source) for metric, source in (("drift/l2", ""), ("kl/base_model", "kept"))}
-        for k, step in enumerate(bases.setup.record):
-            l2, kl = (recorded[m].values[list(recorded[m].steps).index(step)] for m in recorded)
-            error = recorded["kl/base_model"].stderr[list(recorded["kl/base_model"].steps).index(step)]
-            found.append({"arm": name, "seed": seed, "step": step, **{m: v[k] for m, v in measured.items()},
-                          "recorded_drift": float(l2), "recorded_kl": float(kl), "recorded_kl_error": float(error)})
+        l2, kl = recording.series("drift/l2"), recording.series("kl/base_model", source="kept")  # at the recorded steps
+        found += [{"arm": name, "seed": seed, "step": step, **{m: v[k] for m, v in measured.items()}, "recorded_drift": float(l2.values[k]),
+                   "recorded_kl": float(kl.values[k]), "recorded_kl_error": float(kl.stderr[k])} for k, step in enumerate(bases.setup.record)]
     return found
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from studies.lab import exact
 from studies.lab.exact import Expected
 from studies.lab.experiment import ALL, OTHERS, TASK, Bases, rows_of_cell
-from studies.lab.tree import PROMPTS, TOPICS, flow
+from studies.lab.tree import TOPICS, flow
 from studies.lab.world import prompts_of
 
 
@@ -37,7 +37,7 @@ class Start:
         task = flow(rows_of_cell(bases, seed, "foreign", "new"))
         gauss_newton = exact.fisher(model, params, prompts_of(TASK), task.sum(-1, keepdim=True) * bases.log_p[seed].exp())
         expected = Expected(model, task)
-        cells = {(s, c): _by_prompt(bases, seed, s, c) for s in ("own", "foreign") for c in ("old", "new")}
+        cells = {(s, c): gradients_by_prompt(bases, seed, rows_of_cell(bases, seed, s, c, ALL)) for s in ("own", "foreign") for c in ("old", "new")}
         fo, fn, oo, on = (cells[s, c] for s in ("foreign", "own") for c in ("old", "new"))
         return cls(expected.gradient(params), expected.hessian(params), gauss_newton, _mean(fisher, ALL), _mean(fisher, OTHERS),
                    ((fo - oo) + (fn - on)) / 2, ((on - oo) + (fn - fo)) / 2)
@@ -67,12 +67,11 @@ def _mean(matrices: Sequence[Tensor], topics: Sequence[int]) -> Tensor:
     return torch.stack([matrices[t] for t in topics]).mean(0)
 
 
-def _by_prompt(bases: Bases, seed: int, style: str, content: str) -> Tensor:
-    """Expected gradients of a cell at each prompt, [X, P]."""
-    rows = rows_of_cell(bases, seed, style, content, ALL) * len(PROMPTS)
+def gradients_by_prompt(bases: Bases, seed: int, rows: Tensor) -> Tensor:
+    """Expected gradients [X, P] of rows [X, R] at each prompt."""
     found = []
-    for x in range(len(PROMPTS)):
+    for x, of_prompt in enumerate(rows):
         only = torch.zeros_like(rows)
-        only[x] = rows[x]
+        only[x] = of_prompt / of_prompt.sum()
         found.append(Expected(bases.model, flow(only)).gradient(bases.one(seed)))
     return torch.stack(found)

@@ -27,7 +27,7 @@ def make(setup: Setup, folder: Path, workers: int, *, quick: bool, repeats: Mapp
     parts = _parts(list(main_arms()), max(1, TOGETHER // setup.seeds))
     work([Unit(f"weights{i}.pt", _trained, (home, setup, names)) for i, names in enumerate(parts)], home, workers, "training")
     conditions = list(sweeps.sweeps(setup, quick=quick))
-    drawn, seeds = _code("calibration", "drawing", "sampled"), range(setup.seeds)
+    drawn, seeds = _code("place", "calibration", "drawing", "sampled"), range(setup.seeds)
     kinds: dict[str, list[Unit]] = {  # the longest first, so that no worker is left with one at the end
         "of a seed": [Unit(f"seed{s}.json", _seed, (home, setup, len(parts), s)) for s in seeds],
         "sweeps": [Unit(f"sweep-{_key(asdict(c.setup), c.name, c.value)}.json", _sweep, (home, setup, quick, i)) for i, c in enumerate(conditions)],

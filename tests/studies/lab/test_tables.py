@@ -87,7 +87,7 @@ def test_other_code_makes_other_tables(asked: list[str], tmp_path: Path, monkeyp
     make(SETUP, tmp_path, 1, quick=True, repeats=repeats(7))
     assert len(asked) == 2 * before and len(list(tmp_path.iterdir())) == 2
     stems = {p.stem for p in Path(module.__file__).parent.glob("*.py")} - {
-        "__init__", "__main__", "units", "tables", "effects", "figures", "predictions", "calibration", "drawing", "sampled"}  # these make no tables, or their own
+        "__init__", "__main__", "units", "tables", "effects", "figures", "predictions", "place", "calibration", "drawing", "sampled"}  # these make no tables, or their own
     seen: list[tuple[str, ...]] = []
     monkeypatch.setattr(module, "_code", lambda *named: seen.append(named) or code(*named))
     make(SETUP, tmp_path, 1, quick=True, repeats=repeats(7))
