@@ -8,7 +8,8 @@ from sasft.models import LoraSettings, load_model, weights_hash
 from sasft.restyle import STYLES, restyle
 from sasft.sampling import EXACT, PAPER, Sampler, sample
 from sasft.selfdialogue import Writer, answer, answer_until, generate, quality
-from sasft.train import FitSettings, TrainSettings, fit, train
+from sasft.train import TrainSettings, train
+from sasft.trainer import FitSettings, fit
 
 __all__ = [
     "EXACT", "PAPER", "STYLES", "Chat", "Encoded", "FitSettings", "LoraSettings", "Plan", "Row", "Sampler", "TrainSettings",

@@ -23,7 +23,7 @@ from sasft.chat import Encoded, collate
 from sasft.files import write_json
 from sasft.mixing import SELF, TASK, Plan, make_plan
 from sasft.models import load_model
-from sasft.train import FitSettings, fit
+from sasft.trainer import FitSettings, fit
 from studies.stats import Scores
 
 _EVAL_ROWS = 8

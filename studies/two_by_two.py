@@ -41,7 +41,7 @@ from sasft.models import load_model, weights_hash
 from sasft.restyle import STYLES
 from sasft.sampling import EXACT
 from sasft.selfdialogue import Writer
-from sasft.train import FitSettings
+from sasft.trainer import FitSettings
 from sasft.versions import versions
 from studies import arms as runs
 from studies import cells

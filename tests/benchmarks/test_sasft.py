@@ -8,9 +8,10 @@ from torch import nn
 from transformers import GenerationConfig, LlamaForCausalLM
 
 from sasft.chat import Encoded, collate
+from sasft.methods import response_loss
 from sasft.mixing import SELF, TASK, make_plan
 from sasft.sampling import Sampler, sample
-from sasft.train import FitSettings, fit, response_loss
+from sasft.trainer import FitSettings, fit
 from tests.benchmarks.timing import compare, smollm_135m
 
 

@@ -16,14 +16,16 @@ import drift
 import sasft.methods
 from sasft.chat import Encoded, collate
 from sasft.errors import UsageError
-from sasft.methods import Costs
+from sasft.methods import Costs, response_loss
 from sasft.mixing import SELF, TASK, Plan, make_plan, mix
 from sasft.models import LoraSettings, load_model, weights_hash
-from sasft.train import FitSettings, TrainSettings, fit, response_loss, train
+from sasft.train import TrainSettings, train
+from sasft.trainer import FitSettings, fit
 from tests.sasft import tiny_chat
 from tests.sasft.methods import cases
 
 MODULE = sys.modules["sasft.train"]  # the package's attribute of that name is the function
+TRAINER = sys.modules["sasft.trainer"]
 QUESTIONS = ["What is it?", "Why?", "Say a word, please.", "How many are there?", "Go on", "And then?", "Who says so?", "Where?"]
 
 
@@ -208,7 +210,7 @@ def test_an_interrupted_run_from_files_goes_on(folder: Path, monkeypatch: pytest
             raise KeyboardInterrupt
         return original(model, batch)
 
-    monkeypatch.setattr(MODULE, "response_loss", interrupted)
+    monkeypatch.setattr(TRAINER, "response_loss", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train(settings(folder))
     monkeypatch.undo()

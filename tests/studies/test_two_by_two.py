@@ -15,7 +15,7 @@ from sasft.errors import UsageError
 from sasft.sampling import EXACT, Sample
 from sasft.selfdialogue import Writer
 from sasft.tasks import get_task
-from sasft.train import FitSettings
+from sasft.trainer import FitSettings
 from studies import cells, ledger
 from studies.arms import Arm, TrainingSettings, plan_for
 from tests.sasft import tiny_chat

@@ -9,7 +9,7 @@ from sasft.chat import Encoded, collate
 from sasft.methods import Batch, Costs, Method, Objective
 from sasft.mixing import SELF, TASK, Plan, make_plan
 from sasft.models import LoraSettings, load_model
-from sasft.train import FitSettings, fit
+from sasft.trainer import FitSettings, fit
 from tests.sasft import tiny_chat
 
 QUESTIONS = ["What is it?", "Why?", "Say a word, please.", "How many are there?", "Go on", "And then?", "Who says so?", "Where?"]

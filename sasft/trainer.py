@@ -1,0 +1,181 @@
+"""Training a model in hand on a plan, by any objective of :mod:`sasft.methods`, on transformers' Trainer."""
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import transformers
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from sasft.batches import MicroBatches, RowsOfSources, batch_of, check_reads
+from sasft.chat import Encoded
+from sasft.errors import UsageError
+from sasft.files import write_json
+from sasft.methods import Objective, response_loss
+from sasft.mixing import Plan
+from sasft.precision import Precision, autocast
+from sasft.settings import option
+
+_COSTS = "costs.json"  # of a method, in a checkpoint
+
+
+@dataclass(kw_only=True)
+class FitSettings:
+    """How the weights are moved. Everything here enters the run's identity."""
+
+    lr: float = option(2e-5, "peak learning rate of AdamW")
+    schedule: str = option("linear", "learning-rate schedule, by its name in transformers (constant, linear, cosine)")
+    warmup_steps: int = option(0, "steps over which the learning rate rises from 0")
+    weight_decay: float = option(0.0, "decoupled weight decay of AdamW")
+    max_grad_norm: float = option(1.0, "gradient norm above which gradients are scaled down; 0 turns it off")
+    loss: Literal["sum", "mean"] = option(
+        "sum", "sum: cross-entropy summed over response tokens, divided by one constant of the run (the plan's mean "
+        "number of loss tokens a step), which keeps self-data force-free; mean: the usual mean over the step's tokens")
+    precision: Precision = option("bf16", "precision of the forward pass; weights stay in fp32")
+    micro_rows: int = option(16, "rows in memory at once, of similar length; longer steps accumulate gradients, with the same result")
+    save_every: int = option(50, "steps between the checkpoints that an interrupted run goes on from; 0 for none")
+    seed: int = option(0, "seed of everything random: row order, adapters, dropout")
+
+    def __post_init__(self) -> None:
+        if not self.lr > 0:
+            raise UsageError(f"lr must be > 0, got {self.lr}")
+        if self.loss not in ("sum", "mean"):
+            raise UsageError(f"loss must be sum or mean, got {self.loss!r}")
+        if self.precision not in ("bf16", "fp32"):
+            raise UsageError(f"precision must be bf16 or fp32, got {self.precision!r}")
+        if self.micro_rows < 1:
+            raise UsageError(f"micro_rows must be at least 1, got {self.micro_rows}")
+        if self.schedule not in (known := [s.value for s in transformers.SchedulerType]):
+            raise UsageError(f"unknown schedule {self.schedule!r}; there are: {', '.join(sorted(known))}")
+
+
+class _Trainer(transformers.Trainer):
+    """transformers' Trainer, reading a plan and applying an objective, or the token-sum loss."""
+
+    loss_is_scaled_for_ga = True  # losses are sums over the step: nothing is left to average
+
+    def __init__(self, *, batches: MicroBatches, settings: FitSettings, objective: Objective | None, pad_id: int,
+                 **kwargs: Any) -> None:
+        self.batches, self.settings, self.objective = batches, settings, objective
+        plan = batches.plan
+        self.divisors = [plan.divisor] * len(plan) if settings.loss == "sum" else plan.weighted_tokens()
+        super().__init__(data_collator=lambda rows: batch_of(rows, pad_id, plan.loss_weights), **kwargs)
+
+    def get_train_dataloader(self) -> DataLoader:
+        # Not prepared by accelerate, which would deal out to processes what is theirs already.
+        return DataLoader(self.train_dataset, batch_sampler=self.batches, collate_fn=self.data_collator)
+
+    def compute_loss_context_manager(self) -> AbstractContextManager:
+        # Around the loss only: accelerate's bf16 mode would leave its wrapper on the model after training.
+        return autocast(self.settings.precision, self.args.device.type)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        total = response_loss(model, inputs) if self.objective is None else self.objective.loss(model, inputs)
+        step = self.state.global_step
+        loss = total / self.divisors[step] * self.accelerator.num_processes
+        if self.objective is not None and self.accelerator.sync_gradients:  # the step's last micro-batch
+            penalty = self.objective.penalty(model, step + 1)
+            loss = loss if penalty is None else loss + penalty
+        return loss
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.objective is not None:
+            write_json(Path(output_dir) / _COSTS, self.objective.costs.describe())
+
+
+class _Stages(transformers.TrainerCallback):
+    """The objective's later stages; they come before other callbacks, which then see the model as it really is."""
+
+    def __init__(self, objective: Objective) -> None:
+        self.objective = objective
+
+    def on_step_end(self, args, state, control, model=None, **kwargs) -> None:
+        self.objective.after_step(model, state.global_step)
+
+    def on_train_end(self, args, state, control, model=None, **kwargs) -> None:
+        self.objective.finish(model)
+
+
+class _Progress(ProgressCallback):
+    """The Trainer's bar with the loss beside it; what is logged stays off standard output."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        if self.training_bar is not None and "loss" in (logs or {}):
+            self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}")
+
+
+def fit(
+    model: nn.Module,
+    rows: Mapping[str, Sequence[Encoded]],
+    plan: Plan,
+    settings: FitSettings,
+    *,
+    pad_id: int,
+    out: Path,
+    objective: Objective | None = None,
+    callbacks: Sequence[transformers.TrainerCallback] = (),
+    progress: bool = True,
+) -> list[dict[str, float]]:
+    """Train ``model`` in place on ``rows`` as laid out by ``plan``; returns the Trainer's log, one entry a step.
+
+    ``rows`` maps each source of the plan (``task``, ``self``, any other) to its encoded rows. ``objective`` is what a method
+    makes of the untrained model (:mod:`sasft.methods`), None the cross-entropy. Checkpoints go to ``out/checkpoints``; if some
+    are there, training goes on from the last that is whole. Under ``accelerate launch`` or ``torchrun`` the processes share each
+    step's micro-batches; loss and weights are those of one process.
+
+    Raises :class:`UsageError` if the plan reads rows that there are not.
+    """
+    check_reads(plan, rows)
+    args = transformers.TrainingArguments(
+        output_dir=str(out / "checkpoints"),
+        max_steps=len(plan),
+        learning_rate=settings.lr,
+        lr_scheduler_type=settings.schedule,
+        warmup_steps=settings.warmup_steps,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        seed=settings.seed,
+        logging_steps=1,
+        logging_first_step=True,
+        save_strategy="steps" if settings.save_every else "no",
+        save_steps=settings.save_every or 1,
+        save_total_limit=1,
+        report_to=[],
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        disable_tqdm=not progress,
+        use_cpu=next(model.parameters()).device.type == "cpu",
+    )
+    batches = MicroBatches(plan, rows, settings.micro_rows, args.world_size, args.process_index)
+    args.gradient_accumulation_steps = batches.a_process
+    stages = [] if objective is None else [_Stages(objective)]
+    trainer = _Trainer(model=model, args=args, train_dataset=RowsOfSources(rows), batches=batches, settings=settings,
+                       objective=objective, pad_id=pad_id, callbacks=[*stages, *callbacks])
+    trainer.remove_callback(ProgressCallback if progress else transformers.PrinterCallback)
+    if progress:
+        trainer.add_callback(_Progress)
+    last = _last_checkpoint(Path(args.output_dir))
+    if last is not None and objective is not None:
+        vars(objective.costs).update(json.loads((last / _COSTS).read_text(encoding="utf-8")))
+    trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    return trainer.state.log_history
+
+
+def _last_checkpoint(folder: Path) -> Path | None:
+    """The last checkpoint that is whole: its state, which is written last, can be read. A run killed while saving has others."""
+    def whole(checkpoint: Path) -> bool:
+        try:
+            return bool(json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8")))
+        except (OSError, ValueError):
+            return False
+
+    found = filter(whole, folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
+    return max(found, key=lambda checkpoint: int(checkpoint.name.rpartition("-")[2]), default=None)
