@@ -43,7 +43,7 @@ class GenerateSettings:
     max_user_tokens: int = option(64, "length cap of a user turn; longer ones are passed over")
     seed: int = option(0, "seed; every row depends on it and on its own number alone")
     batch_size: int = option(64, "rows sampled together")
-    precision: Precision = option("bf16", "precision of the forward pass: best that of the training to come")
+    precision: Precision = option("auto", "precision of the forward pass: bf16, fp32, or auto, as in training; best that of the training to come")
 
 
 @dataclass(kw_only=True)

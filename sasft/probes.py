@@ -17,7 +17,7 @@ _STYLE_TOKENS = 64
 
 
 def run_probes(chat: Chat, held_out: Mapping[str, Sequence[Encoded]], general_text: str | None = None, *,
-               precision: Precision = "bf16") -> list[drift.Probe]:
+               precision: Precision = "auto") -> list[drift.Probe]:
     """KL, entropy and NLL on held-out task and self rows and on general text; alignment of task and self gradients; style.
 
     ``held_out``: encoded rows of the sources ``task`` and ``self``; sources without rows are left out, and alignment and style

@@ -20,7 +20,7 @@ from sasft.errors import UsageError
 from sasft.files import write_json
 from sasft.methods import Objective, response_loss
 from sasft.mixing import Plan
-from sasft.precision import Precision, autocast
+from sasft.precision import Precision, autocast, resolved
 from sasft.settings import option
 
 _COSTS = "costs.json"  # of a method, in a checkpoint
@@ -38,7 +38,8 @@ class FitSettings:
     loss: Literal["sum", "mean"] = option(
         "sum", "sum: cross-entropy summed over response tokens, divided by one constant of the run (the plan's mean "
         "number of loss tokens a step), which keeps self-data force-free; mean: the usual mean over the step's tokens")
-    precision: Precision = option("bf16", "precision of the forward pass; weights stay in fp32")
+    precision: Precision = option("auto", "precision of the forward pass: bf16, fp32, or auto, which is bf16 where the hardware "
+                                "multiplies it and fp32 elsewhere; weights stay in fp32")
     micro_rows: int = option(16, "rows in memory at once, of similar length; longer steps accumulate gradients, with the same result")
     save_every: int = option(50, "steps between the checkpoints that an interrupted run goes on from; 0 for none")
     seed: int = option(0, "seed of everything random: row order, adapters, dropout")
@@ -48,8 +49,7 @@ class FitSettings:
             raise UsageError(f"lr must be > 0, got {self.lr}")
         if self.loss not in ("sum", "mean"):
             raise UsageError(f"loss must be sum or mean, got {self.loss!r}")
-        if self.precision not in ("bf16", "fp32"):
-            raise UsageError(f"precision must be bf16 or fp32, got {self.precision!r}")
+        self.precision = resolved(self.precision)  # what a run's identity tells
         if self.micro_rows < 1:
             raise UsageError(f"micro_rows must be at least 1, got {self.micro_rows}")
         if self.schedule not in (known := [s.value for s in transformers.SchedulerType]):

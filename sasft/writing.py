@@ -16,7 +16,7 @@ from sasft.chat import Chat
 from sasft.data import Row, read_rows
 from sasft.errors import UsageError
 from sasft.files import JsonlWriter
-from sasft.precision import autocast
+from sasft.precision import autocast, resolved
 from sasft.sampling import Sample, Sampler, row_seed, sample
 
 Messages = tuple[dict[str, str], ...]
@@ -43,7 +43,7 @@ class Job:
 class Writer:
     """A model that writes: its chat template, its sampler, and the identity that each row carries.
 
-    ``provenance`` names the model and the hash of its weights; ``precision`` is that of the forward pass, and
+    ``provenance`` names the model and the hash of its weights; ``precision`` is that of the forward pass (:func:`sasft.precision.resolved`), and
     should be the one of the training, since another precision is, strictly, another model (docs/theory.md F2d).
 
     ``backend``: ``padded`` runs ``model`` (of transformers) on batches of ``batch_size`` rows, each until its last row has
@@ -56,11 +56,12 @@ class Writer:
     chat: Chat
     sampler: Sampler
     provenance: Mapping[str, Any]
-    precision: str = "bf16"
+    precision: str = "auto"
     batch_size: int = 64
     backend: Backend = "padded"
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "precision", resolved(self.precision))
         if self.backend not in BACKENDS:
             raise UsageError(f"backend must be one of {', '.join(BACKENDS)}, got {self.backend!r}")
         if self.batch_size < 1:

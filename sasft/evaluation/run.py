@@ -27,7 +27,7 @@ from sasft.evaluation.summary import read_records, summarise, table
 from sasft.files import JsonlWriter, ensure_writable, write_json
 from sasft.manifest import claim
 from sasft.models import load_model, weights_hash
-from sasft.precision import Precision
+from sasft.precision import Precision, resolved
 from sasft.settings import option
 from sasft.versions import versions
 
@@ -42,7 +42,7 @@ class MeasureSettings:
     data: str | None = option(None, f"folder of benchmarks' files; without it {FOLDER_VARIABLE}, without both the hub")
     limit: int = option(0, "items of every suite, the same ones in every run; 0 for all")
     batch_size: int = option(16, "items that are run together; scores don't depend on it beyond rounding")
-    precision: Precision = option("fp32", "precision of the forward pass: fp32 leaves the weights' own, bf16 is autocast")
+    precision: Precision = option("fp32", "precision of the forward pass: fp32 leaves the weights' own, bf16 is autocast, auto bf16 where the hardware multiplies it")
     temperature: float = option(0.0, "sampling temperature of written answers; 0 takes the most probable token")
     seed: int = option(0, "seed of sampled answers; each depends on it and on its item alone")
     max_new_tokens: int = option(0, "length cap of an answer in tokens; 0 for each suite's own")
@@ -53,8 +53,7 @@ class MeasureSettings:
         for name, least in (("limit", 0), ("batch_size", 1), ("max_new_tokens", 0), ("temperature", 0)):
             if getattr(self, name) < least:
                 raise UsageError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        if self.precision not in ("bf16", "fp32"):
-            raise UsageError(f"precision must be bf16 or fp32, got {self.precision!r}")
+        self.precision = resolved(self.precision)
 
 
 @dataclass(kw_only=True)

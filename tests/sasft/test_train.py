@@ -261,7 +261,7 @@ def test_rows_too_long_are_counted_and_refused_or_treated_as_chosen(folder: Path
     ({"out": ""}, "out is missing"),
     ({"lr": 0.0}, "lr must be > 0, got 0.0"),
     ({"loss": "median"}, "loss must be sum or mean, got 'median'"),
-    ({"precision": "fp8"}, "precision must be bf16 or fp32, got 'fp8'"),
+    ({"precision": "fp8"}, "precision must be auto, bf16 or fp32, got 'fp8'"),
     ({"micro_rows": 0}, "micro_rows must be at least 1, got 0"),
     ({"schedule": "zigzag"}, "unknown schedule 'zigzag'; there are: .*constant"),
 ])
