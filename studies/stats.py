@@ -1,4 +1,4 @@
-"""Paired bootstrap intervals and verdicts by rule, for effects measured over seeds and items."""
+"""Paired intervals and verdicts by rule, for effects measured over seeds and items."""
 
 import hashlib
 import json
@@ -39,7 +39,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class Effect:
-    """An estimate with its interval: ``low`` to ``high`` covers the middle ``level`` of the bootstrap draws."""
+    """An estimate with its interval: ``low`` to ``high`` is an interval of confidence ``level``."""
 
     value: float
     low: float
@@ -50,32 +50,51 @@ class Effect:
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
-def bootstrap(statistic: Callable[[Mapping[str, float]], float], arms: Mapping[str, Scores], *, draws: int = 4000,
-              level: float = LEVEL, seed: int = 0) -> Effect:
-    r"""Percentile interval of a statistic of arm scores, resampling seeds and items.
+def over_seeds_and_items(statistic: Callable[[Mapping[str, float]], float], arms: Mapping[str, Scores], *, draws: int = 1000,
+                         level: float = LEVEL, seed: int = 0) -> Effect:
+    r"""Interval of a statistic of arm scores, for other seeds and other items.
 
-    Every draw takes seeds and items with replacement, the *same* ones for every arm: arms that share seeds and items
-    are paired, so what they have in common cancels in a difference. ``statistic`` maps {arm: score} to a number.
+    ``statistic`` maps {arm: score} to a number. Arms that share seeds and items are paired: a draw takes the *same* ones of every
+    arm, so what they have in common cancels in a difference.
 
-    The interval is first-order right as seeds and items grow; with three seeds the spread between seeds is
-    itself poorly known (a bootstrap over S seeds understates its variance by (S-1)/S on average), so read it as
-    narrow rather than wide. Items and seeds enter as crossed random effects.
+    :math:`\hat\theta\pm t_\nu\sqrt{v_s+v_i}`, where :math:`v_s` is the bootstrap variance over the S seeds (items as they are)
+    times :math:`S/(S-1)`, :math:`v_i` likewise over items, and :math:`\nu` Satterthwaite's
+    :math:`(v_s+v_i)^2/(v_s^2/(S-1)+v_i^2/(I-1))`. Seeds and items are crossed random effects; what a seed does to one item alone is
+    in both variances, so the interval is a little wide where that is most of the spread. For statistics that are not linear it
+    is first-order right, and symmetric even where they are bounded. One seed or one item has no interval (nan).
 
     >>> arms = {"a": Scores(np.full((3, 5), 2.0), np.ones(5)), "b": Scores(np.full((3, 5), 3.0), np.ones(5))}
-    >>> bootstrap(lambda m: m["b"] - m["a"], arms, draws=10)
+    >>> over_seeds_and_items(lambda m: m["b"] - m["a"], arms, draws=10)
     Effect(value=1.0, low=1.0, high=1.0, level=0.95)
     """
     shapes = {name: s.total.shape for name, s in arms.items()}
     if len(set(shapes.values())) != 1:
         raise ValueError(f"paired arms must share seeds and items; their (seeds, items) are {shapes}")
     n_seeds, n_items = next(iter(shapes.values()))
+    value = statistic({name: s.mean() for name, s in arms.items()})
+    if n_seeds < 2 or n_items < 2:
+        return Effect(value, float("nan"), float("nan"), level)
     rng = np.random.default_rng(seed)
-    values = np.empty(draws)
-    for k in range(draws):
-        seeds, items = rng.integers(n_seeds, size=n_seeds), rng.integers(n_items, size=n_items)
-        values[k] = statistic({name: s.mean(seeds, items) for name, s in arms.items()})
-    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
-    return Effect(statistic({name: s.mean() for name, s in arms.items()}), float(low), float(high), level)
+    by_seed = _variance(lambda seeds: statistic({name: s.mean(seeds=seeds) for name, s in arms.items()}), n_seeds, draws, rng)
+    by_item = _variance(lambda items: statistic({name: s.mean(items=items) for name, s in arms.items()}), n_items, draws, rng)
+    variance = by_seed + by_item
+    if variance == 0:
+        return Effect(value, value, value, level)
+    freedom = variance**2 / (by_seed**2 / (n_seeds - 1) + by_item**2 / (n_items - 1))
+    reach = float(stdtrit(freedom, (1 + level) / 2) * np.sqrt(variance))
+    return Effect(value, value - reach, value + reach, level)
+
+
+def _variance(statistic: Callable[[NDArray[np.intp]], float], n: int, draws: int, rng: np.random.Generator) -> float:
+    """Bootstrap variance of a statistic of ``n`` members, whose order must not matter, times n / (n - 1)."""
+    known: dict[bytes, float] = {}
+    values = []
+    for _ in range(draws):  # few members have few different draws: ten of three
+        drawn = np.sort(rng.integers(n, size=n))
+        if (key := drawn.tobytes()) not in known:
+            known[key] = statistic(drawn)
+        values.append(known[key])
+    return float(np.var(values) * n / (n - 1))
 
 
 def over_seeds(statistic: Callable[[NDArray[np.intp]], float], n: int, *, draws: int = 1000, level: float = LEVEL, seed: int = 0) -> Effect:
@@ -94,14 +113,7 @@ def over_seeds(statistic: Callable[[NDArray[np.intp]], float], n: int, *, draws:
     value = float(statistic(np.arange(n)))
     if n < 2:
         return Effect(value, float("nan"), float("nan"), level)
-    rng, known = np.random.default_rng(seed), {}
-    values = []
-    for _ in range(draws):  # few seeds have few different draws: ten of three
-        drawn = np.sort(rng.integers(n, size=n))
-        if (key := drawn.tobytes()) not in known:
-            known[key] = statistic(drawn)
-        values.append(known[key])
-    error = np.std(values) * np.sqrt(n / (n - 1))
+    error = np.sqrt(_variance(statistic, n, draws, np.random.default_rng(seed)))
     reach = float(stdtrit(n - 1, (1 + level) / 2) * error)
     return Effect(value, value - reach, value + reach, level)
 

@@ -10,7 +10,7 @@ import numpy as np
 import drift
 from studies.arms import scores
 from studies.figures import DARK, LIGHT, MARKERS, MIDDLE, error_bars, new_figure, save
-from studies.stats import Effect, Scores, bootstrap, factorial, verdict
+from studies.stats import Effect, Scores, over_seeds_and_items, factorial, verdict
 from studies.two_by_two_predictions import KL_PROBES, MEAN, PREDICTIONS, RIVALS, SAMPLERS, SESOI_SHARE, prediction_id
 
 MAIN_PROBE = "self_exact"
@@ -73,12 +73,12 @@ def summary_table(outcome: Outcome) -> list[dict[str, Any]]:
             "lambda_tokens": float(np.mean([r["mix"]["lambda_tokens"] for r in runs])),
         }
         for probe in outcome.kl_probes:
-            _put(row, f"kl_{probe}", bootstrap(lambda m: m["x"], {"x": outcome.score(arm, probe, "kl_base_model")}))
+            _put(row, f"kl_{probe}", over_seeds_and_items(lambda m: m["x"], {"x": outcome.score(arm, probe, "kl_base_model")}))
             for when in ("base", "model"):
                 row[f"entropy_{when}_{probe}"] = outcome.score(arm, probe, f"entropy_{when}").mean()
         for probe, name, sign in (("gold_raw", "gain", -1), ("human_text", "nll_rise_human_text", 1)):
             nll = {when: outcome.score(arm, probe, f"nll_{when}") for when in ("base", "model")}
-            _put(row, name, bootstrap(lambda m, sign=sign: sign * (m["model"] - m["base"]), nll))
+            _put(row, name, over_seeds_and_items(lambda m, sign=sign: sign * (m["model"] - m["base"]), nll))
             row[f"nll_base_{probe}"] = nll["base"].mean()
         row["drift_l2"] = float(np.mean([r["drift_l2"] for r in runs]))
         table.append(row)
@@ -109,7 +109,7 @@ def cell_effects(outcome: Outcome, probe: str) -> dict[str, dict[str, Effect]]:
             return {**cells, "foreign_old - own_old": cells["foreign_old"] - cells["own_old"], **factorial(**cells)}
 
         names = quantities({name: s.mean() for name, s in arms.items()})
-        effects[label] = {name: bootstrap(lambda m, n=name: quantities(m)[n], arms) for name in names}
+        effects[label] = {name: over_seeds_and_items(lambda m, n=name: quantities(m)[n], arms) for name in names}
     return effects
 
 
@@ -120,11 +120,11 @@ def sampler_verdicts(outcome: Outcome) -> list[dict[str, Any]]:
         arms = {name: outcome.score(name, probe, "kl_base_model") for name in (*RIVALS, *(f"SA-SFT {s}" for s in SAMPLERS))}
         for rival in RIVALS:
             for sampler in SAMPLERS:
-                effect = bootstrap(lambda m, r=rival, s=sampler: m[r] - m[f"SA-SFT {s}"], arms)
+                effect = over_seeds_and_items(lambda m, r=rival, s=sampler: m[r] - m[f"SA-SFT {s}"], arms)
                 verdicts.append(outcome.judged(effect, "C10", sampler, rival, probe))
     for probe in outcome.kl_probes:
         arms = {s: outcome.score(f"SA-SFT {s}", probe, "entropy_model") for s in SAMPLERS}
-        verdicts.append(outcome.judged(bootstrap(lambda m: m["exact"] - m["paper"], arms), "C11", probe))
+        verdicts.append(outcome.judged(over_seeds_and_items(lambda m: m["exact"] - m["paper"], arms), "C11", probe))
     return verdicts
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from studies.claims import Prediction
-from studies.stats import Effect, Scores, bootstrap, config_hash, factorial, judge, judge_range, verdict
+from studies.stats import Effect, Scores, over_seeds_and_items, config_hash, factorial, judge, judge_range, verdict
 
 
 def draw(rng: np.random.Generator, seeds: int, items: int, mean: float, seed_noise: np.ndarray, item_noise: np.ndarray) -> Scores:
@@ -23,28 +23,40 @@ def test_pairing_takes_out_what_arms_share() -> None:
     rng = np.random.default_rng(0)
     seed_noise, item_noise = rng.normal(size=3), rng.normal(size=20)
     arms = {"a": draw(rng, 3, 20, 1.0, seed_noise, item_noise), "b": draw(rng, 3, 20, 1.5, seed_noise, item_noise)}
-    effect = bootstrap(lambda m: m["b"] - m["a"], arms, draws=1000)
-    alone = bootstrap(lambda m: m["b"], {"b": arms["b"]}, draws=1000)
+    effect = over_seeds_and_items(lambda m: m["b"] - m["a"], arms, draws=1000)
+    alone = over_seeds_and_items(lambda m: m["b"], {"b": arms["b"]}, draws=1000)
     assert effect.value == pytest.approx(0.5, abs=0.02) and effect.high - effect.low < 0.05
     assert alone.high - alone.low > 0.5
 
 
-def test_coverage_is_near_the_nominal_with_many_seeds() -> None:
+@pytest.mark.parametrize(("seeds", "items", "by_seed", "by_item", "left"), [
+    (3, 12, 0.3, 0.0, 0.0), (3, 12, 0.3, 0.3, 0.1), (3, 8, 0.02, 0.3, 0.1), (12, 30, 0.3, 0.3, 0.0)])
+def test_the_interval_of_crossed_seeds_and_items_covers(seeds: int, items: int, by_seed: float, by_item: float, left: float) -> None:
     rng = np.random.default_rng(1)
-    hits = 0
-    for _ in range(200):
-        gap = 0.3 * rng.normal(size=20)
-        arms = {"a": Scores(np.zeros((20, 30)), np.ones(30)),
-                "b": Scores(1.0 + gap[:, None] + 0.3 * rng.normal(size=30)[None] + np.zeros((20, 30)), np.ones(30))}
-        effect = bootstrap(lambda m: m["b"] - m["a"], arms, draws=300, seed=int(rng.integers(2**31)))
+    hits, repeats = 0, 400
+    for _ in range(repeats):
+        gap = by_seed * rng.normal(size=(seeds, 1)) + by_item * rng.normal(size=items) + left * rng.normal(size=(seeds, items))
+        arms = {"a": Scores(np.zeros((seeds, items)), np.ones(items)), "b": Scores(1 + gap, np.ones(items))}
+        effect = over_seeds_and_items(lambda m: m["b"] - m["a"], arms, draws=100, seed=int(rng.integers(2**31)))
         hits += effect.low <= 1.0 <= effect.high
-    assert 0.88 <= hits / 200 <= 0.98
+    assert 0.92 <= hits / repeats <= 0.985
+
+
+def test_the_interval_of_a_mean_is_students_where_items_do_not_differ() -> None:
+    rate = np.array([1.0, 2.0, 4.0])
+    effect = over_seeds_and_items(lambda m: m["a"], {"a": Scores(np.repeat(rate[:, None], 5, 1), np.ones(5))}, draws=20_000)
+    assert effect.high - effect.value == pytest.approx(4.3027 * rate.std(ddof=1) / 3**0.5, rel=0.03)
+
+
+def test_one_seed_has_no_interval() -> None:
+    effect = over_seeds_and_items(lambda m: m["a"], {"a": Scores(np.ones((1, 5)), np.ones(5))})
+    assert effect.value == 1.0 and np.isnan(effect.low) and judge(effect, sesoi=0.1) == "inconclusive"
 
 
 def test_arms_that_do_not_share_items_are_refused() -> None:
     arms = {"a": Scores(np.zeros((3, 4)), np.ones(4)), "b": Scores(np.zeros((3, 5)), np.ones(5))}
     with pytest.raises(ValueError, match="paired arms must share seeds and items"):
-        bootstrap(lambda m: m["b"] - m["a"], arms)
+        over_seeds_and_items(lambda m: m["b"] - m["a"], arms)
 
 
 def test_main_effects_add_up_to_the_gap() -> None:
