@@ -12,7 +12,18 @@ from dataclasses import fields
 from typing import Any, get_args, get_type_hints
 
 from sasft.errors import UsageError
-from sasft.methods import constraints, divergence, lfu, penalties, spin, weighting
+from sasft.methods import (
+    constraints,
+    divergence,
+    grads,
+    lfu,
+    penalties,
+    perturbation,
+    rewriting,
+    selection,
+    spin,
+    weighting,
+)
 from sasft.methods.base import Batch, Costs, Method, Objective, Scored, Workshop, of_sources, response_loss, score
 
 __all__ = ["METHODS", "Batch", "Costs", "Method", "Objective", "Scored", "Workshop", "method", "of_sources", "parse_method",
@@ -25,6 +36,8 @@ METHODS: dict[str, type[Method]] = {kind.name: kind for kind in (
     divergence.KlSelf, divergence.KlTask, divergence.OnlineReplay,
     weighting.Stm, weighting.Dft, weighting.Asft, weighting.Ual,
     lfu.Lfu, spin.Spin,
+    selection.SLearnLlm, selection.Improved, grads.Grads, perturbation.Perturbed,
+    rewriting.Rewriting,
 )}
 """Every method by its name."""
 
