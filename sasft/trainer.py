@@ -1,12 +1,14 @@
 """Training a model in hand on a plan, by any objective of :mod:`sasft.methods`, on transformers' Trainer."""
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import transformers
 from torch import nn
 from torch.utils.data import DataLoader
@@ -14,13 +16,16 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from drift import DriftCallback, SourceGradients
 from sasft.batches import MicroBatches, RowsOfSources, batch_of, check_reads
 from sasft.chat import Encoded
 from sasft.errors import UsageError
 from sasft.files import write_json
 from sasft.methods import Objective, response_loss
 from sasft.mixing import Plan
+from sasft.packing import check_rows_apart
 from sasft.precision import Precision, autocast, resolved
+from sasft.processes import sharding_asked
 from sasft.settings import option
 
 _COSTS = "costs.json"  # of a method, in a checkpoint
@@ -41,6 +46,11 @@ class FitSettings:
     precision: Precision = option("auto", "precision of the forward pass: bf16, fp32, or auto, which is bf16 where the hardware "
                                 "multiplies it and fp32 elsewhere; weights stay in fp32")
     micro_rows: int = option(16, "rows in memory at once, of similar length; longer steps accumulate gradients, with the same result")
+    packing: bool = option(False, "lay the rows in memory end to end instead of side by side, so that nothing is padding; each still "
+                                  "sees itself alone, and the result is the same")
+    micro_tokens: int | None = option(None, "with packing: tokens in memory at once, instead of micro_rows")
+    activation_checkpointing: bool = option(False, "keep the layers' inputs only and compute the rest anew in the backward pass: less "
+                                                   "memory for a third more time, with the same result")
     save_every: int = option(50, "steps between the checkpoints that an interrupted run goes on from; 0 for none")
     seed: int = option(0, "seed of everything random: row order, adapters, dropout")
 
@@ -52,6 +62,9 @@ class FitSettings:
         self.precision = resolved(self.precision)  # what a run's identity tells
         if self.micro_rows < 1:
             raise UsageError(f"micro_rows must be at least 1, got {self.micro_rows}")
+        if self.micro_tokens is not None and not (self.packing and self.micro_tokens >= 1):
+            raise UsageError(f"micro_tokens must be at least 1, got {self.micro_tokens}" if self.packing else
+                             f"micro_tokens={self.micro_tokens} is for packed rows; set packing too, or leave it out")
         if self.schedule not in (known := [s.value for s in transformers.SchedulerType]):
             raise UsageError(f"unknown schedule {self.schedule!r}; there are: {', '.join(sorted(known))}")
 
@@ -62,11 +75,12 @@ class _Trainer(transformers.Trainer):
     loss_is_scaled_for_ga = True  # losses are sums over the step: nothing is left to average
 
     def __init__(self, *, batches: MicroBatches, settings: FitSettings, objective: Objective | None, pad_id: int,
-                 **kwargs: Any) -> None:
-        self.batches, self.settings, self.objective = batches, settings, objective
+                 sources: Sequence[SourceGradients], **kwargs: Any) -> None:
+        self.batches, self.settings, self.objective, self.sources = batches, settings, objective, sources
+        self.spent: Counter[str] = Counter()  # by this process on its own micro-batches
         plan = batches.plan
         self.divisors = [plan.divisor] * len(plan) if settings.loss == "sum" else plan.weighted_tokens()
-        super().__init__(data_collator=lambda rows: batch_of(rows, pad_id, plan.loss_weights), **kwargs)
+        super().__init__(data_collator=lambda rows: batch_of(rows, pad_id, plan.loss_weights, packing=settings.packing), **kwargs)
 
     def get_train_dataloader(self) -> DataLoader:
         # Not prepared by accelerate, which would deal out to processes what is theirs already.
@@ -77,7 +91,9 @@ class _Trainer(transformers.Trainer):
         return autocast(self.settings.precision, self.args.device.type)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        total = response_loss(model, inputs) if self.objective is None else self.objective.loss(model, inputs)
+        for sources in self.sources:
+            self._tag(sources, inputs)
+        total = response_loss(model, inputs) if self.objective is None else self._loss_of_objective(model, inputs)
         step = self.state.global_step
         loss = total / self.divisors[step] * self.accelerator.num_processes
         if self.objective is not None and self.accelerator.sync_gradients:  # the step's last micro-batch
@@ -85,10 +101,37 @@ class _Trainer(transformers.Trainer):
             loss = loss if penalty is None else loss + penalty
         return loss
 
+    def _tag(self, sources: SourceGradients, inputs: dict[str, Any]) -> None:
+        """Tell an instrument whose every row or token is."""
+        of_rows = torch.tensor([sources.sources.index(source) for source in inputs["source"]])
+        if "rows" not in inputs:
+            sources.tag(of_rows)
+        else:
+            rows = inputs["rows"].cpu()
+            sources.tag(of_rows[rows], units=rows)
+            inputs["whole"] = True
+
+    def _loss_of_objective(self, model, inputs) -> torch.Tensor:
+        costs = vars(self.objective.costs)
+        before = dict(costs)
+        total = self.objective.loss(model, inputs)
+        self.spent.update({name: costs[name] - before[name] for name in costs})
+        return total
+
+    def add_up_costs(self) -> None:
+        """Bring the costs of all processes together: what each has spent on its own micro-batches is added up."""
+        costs = vars(self.objective.costs)
+        mine = torch.tensor([self.spent[name] for name in costs], device=self.args.device)
+        for name, own, everyone in zip(costs, mine.tolist(), self.accelerator.reduce(mine).tolist(), strict=True):
+            costs[name] += int(everyone) - own
+        self.spent.clear()
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.objective is not None:
-            write_json(Path(output_dir) / _COSTS, self.objective.costs.describe())
+            self.add_up_costs()
+            if self.args.should_save:
+                write_json(Path(output_dir) / _COSTS, self.objective.costs.describe())
 
 
 class _Stages(transformers.TrainerCallback):
@@ -128,12 +171,22 @@ def fit(
 
     ``rows`` maps each source of the plan (``task``, ``self``, any other) to its encoded rows. ``objective`` is what a method
     makes of the untrained model (:mod:`sasft.methods`), None the cross-entropy. Checkpoints go to ``out/checkpoints``; if some
-    are there, training goes on from the last that is whole. Under ``accelerate launch`` or ``torchrun`` the processes share each
-    step's micro-batches; loss and weights are those of one process.
+    are there, training goes on from the last that is whole. A :class:`drift.SourceGradients` among the probes of a
+    :class:`drift.DriftCallback` is told whose each row is, or of packed rows each token.
 
-    Raises :class:`UsageError` if the plan reads rows that there are not.
+    Under ``accelerate launch`` or ``torchrun`` the processes share each step's micro-batches; loss and weights are those of one
+    process. With an accelerate configuration of ``fsdp_version: 2`` the weights are sharded, and stay so in ``model``
+    (:func:`sasft.processes.trained_weights` gathers them).
+
+    Raises :class:`UsageError` if the plan reads rows that there are not, if the model does not keep packed rows apart, or if
+    the objective can't do with packing, activation checkpointing, sharded weights or gradients by source.
     """
     check_reads(plan, rows)
+    sources = [p for c in callbacks if isinstance(c, DriftCallback) for p in c.probes if isinstance(p, SourceGradients)]
+    _check_goes_together(model, plan, settings, objective, sources)
+    if settings.packing:
+        source, index = plan.steps[0][0]
+        check_rows_apart(model, rows[source][index])
     args = transformers.TrainingArguments(
         output_dir=str(out / "checkpoints"),
         max_steps=len(plan),
@@ -151,14 +204,19 @@ def fit(
         report_to=[],
         remove_unused_columns=False,
         dataloader_pin_memory=False,
+        activation_checkpointing=settings.activation_checkpointing,
         disable_tqdm=not progress,
         use_cpu=next(model.parameters()).device.type == "cpu",
     )
-    batches = MicroBatches(plan, rows, settings.micro_rows, args.world_size, args.process_index)
+    batches = MicroBatches(plan, rows, settings.micro_rows, args.world_size, args.process_index, packing=settings.packing,
+                           micro_tokens=settings.micro_tokens)
+    if batches.a_process > 1 and any(not s.accumulate for s in sources):
+        raise UsageError(f"a step has {batches.a_process} micro-batches, so SourceGradients needs accumulate=True (or raise micro_rows)")
     args.gradient_accumulation_steps = batches.a_process
     stages = [] if objective is None else [_Stages(objective)]
     trainer = _Trainer(model=model, args=args, train_dataset=RowsOfSources(rows), batches=batches, settings=settings,
-                       objective=objective, pad_id=pad_id, callbacks=[*stages, *callbacks])
+                       objective=objective, pad_id=pad_id, sources=sources, callbacks=[*stages, *callbacks])
+    _check_sharding(trainer)
     trainer.remove_callback(ProgressCallback if progress else transformers.PrinterCallback)
     if progress:
         trainer.add_callback(_Progress)
@@ -166,7 +224,46 @@ def fit(
     if last is not None and objective is not None:
         vars(objective.costs).update(json.loads((last / _COSTS).read_text(encoding="utf-8")))
     trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    if objective is not None:
+        trainer.add_up_costs()
+    if settings.activation_checkpointing:
+        model.activation_checkpointing_disable()
+        model.disable_input_require_grads()
     return trainer.state.log_history
+
+
+def _check_goes_together(model: nn.Module, plan: Plan, settings: FitSettings, objective: Objective | None,
+                         sources: Sequence[SourceGradients]) -> None:
+    for name in ("packing", "activation_checkpointing"):
+        if getattr(settings, name) and objective is not None and objective.inside:
+            raise UsageError(f"{name} can't be had with {_name(objective)}, which reaches into the model's layers row by row; turn it off")
+    if settings.activation_checkpointing and not getattr(model, "supports_gradient_checkpointing", False):
+        raise UsageError(f"a {type(model).__name__} does not support activation checkpointing; turn activation_checkpointing off")
+    if sources and not (objective is None or objective.one_pass):
+        raise UsageError(f"SourceGradients can't be had with {_name(objective)}, which does more than one pass over each micro-batch")
+    read = {source for step in plan for source, _ in step}
+    if unnamed := [min(read - set(s.sources)) for s in sources if read - set(s.sources)]:
+        raise UsageError(f"the plan reads the source {unnamed[0]!r}, which SourceGradients does not name; name all that are read")
+
+
+def _check_sharding(trainer: _Trainer) -> None:
+    if not trainer.is_fsdp_enabled:
+        if sharding_asked():
+            raise UsageError("accelerate was told to shard the weights (use_fsdp), which it does over several GPUs only; leave it out")
+        return
+    if (version := trainer.accelerator.state.fsdp_plugin.fsdp_version) != 2:
+        raise UsageError(f"accelerate's configuration has fsdp_version {version}; set fsdp_version: 2")
+    objective = trainer.objective
+    if objective is not None and not objective.one_pass:
+        raise UsageError(f"weights sharded by FSDP2 can't be had with {_name(objective)}, which does more with them than one pass over each "
+                         "micro-batch; take DDP (leave out use_fsdp)")
+    if getattr(getattr(objective, "base", None), "shared", False):
+        raise UsageError(f"weights sharded by FSDP2 can't be had with {_name(objective)} and LoRA, where the base is the model without its "
+                         "adapters, which some processes would run and others not; take DDP (leave out use_fsdp)")
+
+
+def _name(objective: Objective) -> str:
+    return f"the objective {type(objective).__name__.strip('_')}"
 
 
 def _last_checkpoint(folder: Path) -> Path | None:

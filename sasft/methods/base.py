@@ -23,8 +23,10 @@ from sasft.data import Row
 from sasft.writing import Writer
 
 Batch = Mapping[str, Any]
-"""A micro-batch of :func:`sasft.chat.collate`, with ``source`` (names) and ``index`` (numbers among their source), one entry a
-row, and ``weight`` ([B], by what a row's loss is multiplied) where the plan has loss weights."""
+"""A micro-batch of :func:`sasft.chat.collate`, or of :func:`sasft.packing.pack` (then ``rows`` [1, T] says to which row each token
+belongs, and ``whole``, if it is there and true, that logits of all positions are to be computed, for instruments that must see
+every token of a layer). With ``source`` (names) and ``index`` (numbers among their source), one entry a row, and ``weight`` ([B],
+by what a row's loss is multiplied) where the plan has loss weights."""
 
 
 @dataclass
@@ -67,7 +69,14 @@ class Objective:
     How a step is cut into micro-batches changes nothing: ``loss`` is a sum over the micro-batch's counted tokens, and ``penalty``
     is asked for once an optimiser step. A resumed training makes its objective anew from the untrained model, so whatever an
     objective draws must follow from its seed and the step alone.
+
+    ``one_pass``: the model in training runs once a micro-batch, whatever rows are in it, and nothing else is done with its
+    weights; that is what weights sharded over processes (FSDP2) and :class:`drift.SourceGradients` need. ``inside``: it reaches
+    into the model's layers while they run, row by row, so that rows can't be packed nor layers be run anew in the backward pass.
     """
+
+    one_pass = False
+    inside = False
 
     def __init__(self, costs: Costs | None = None) -> None:
         self.costs = Costs() if costs is None else costs
@@ -141,7 +150,9 @@ class Scored:
 
 
 def score(model: nn.Module, batch: Batch) -> Scored:
-    """Run ``model`` on ``batch``; vocabulary logits are computed for the response columns only."""
+    """Run ``model`` on ``batch``; vocabulary logits are computed for the response columns only (of packed rows: for N tokens)."""
+    if "rows" in batch:
+        return _score_packed(model, batch)
     start = batch["response_start"]
     labels = batch["labels"][:, start:]
     logits = model(
@@ -151,6 +162,17 @@ def score(model: nn.Module, batch: Batch) -> Scored:
     counted = labels != IGNORE
     rows = counted.nonzero()[:, 0]
     return Scored(logits[counted], labels[counted], rows, batch["weight"][rows] if "weight" in batch else None)
+
+
+def _score_packed(model: nn.Module, batch: Batch) -> Scored:
+    counted = (batch["labels"][0] != IGNORE).nonzero().squeeze(-1)
+    inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}  # no mask: see pack
+    if batch.get("whole"):
+        logits = model(**inputs).logits[0, counted - 1]
+    else:
+        logits = model(**inputs, logits_to_keep=counted - 1).logits[0]
+    rows = batch["rows"][0, counted]
+    return Scored(logits, batch["labels"][0, counted], rows, batch["weight"][rows] if "weight" in batch else None)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -50,8 +50,15 @@ def starts_at_base(model: nn.Module) -> bool:
 
 
 def subset(batch: Batch, rows: Tensor) -> Batch:
-    """The rows of a batch for which ``rows`` [B] is true, in the same columns."""
-    kept = {name: value[rows] if isinstance(value, Tensor) else value for name, value in batch.items()}
+    """The rows of a batch for which ``rows`` [B] is true, in the same columns, or packed anew."""
+    tokens = rows[batch["rows"][0]] if "rows" in batch else None  # of packed rows, whose tensors are [1, T]
+
+    def cut(value: Tensor) -> Tensor:
+        return value[rows] if tokens is None or value.dim() == 1 else value[:, tokens]
+
+    kept = {name: cut(value) if isinstance(value, Tensor) else value for name, value in batch.items()}
+    if tokens is not None:
+        kept["rows"] = rows.cumsum(0)[kept["rows"]] - 1
     for name in ("source", "index"):
         kept[name] = [value for value, keep in zip(batch[name], rows.tolist(), strict=True) if keep]
     return kept

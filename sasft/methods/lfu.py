@@ -54,6 +54,8 @@ class Lfu(Method):
 
 
 class _Lfu(Objective):
+    inside = True
+
     def __init__(self, method: Lfu, model: nn.Module, costs: Costs) -> None:
         super().__init__(costs)
         self.method, self.blocks = method, _blocks(model)

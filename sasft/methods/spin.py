@@ -89,7 +89,7 @@ class _Spin(Objective):
         numbers = [batch["index"][k] for k in at]
         others = on_device(collate([self.opponents[i] for i in numbers], self.pad_id), scored.labels.device)
         self.costs.backward_tokens += int(others["attention_mask"].sum())
-        mine = _by_row(nll, scored.rows, len(batch["labels"]))[at] - self.at_start[TASK][numbers].to(scored.labels.device)
+        mine = _by_row(nll, scored.rows, len(batch["source"]))[at] - self.at_start[TASK][numbers].to(scored.labels.device)
         against = score(unwrapped(model), others)
         theirs = _by_row(against.nll(), against.rows, len(at)) - self.at_start[_OPPONENT][numbers].to(scored.labels.device)
         pairs = -nn.functional.logsigmoid(self.method.beta * (mine - theirs))

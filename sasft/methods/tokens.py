@@ -16,6 +16,8 @@ _CHUNK = 256  # positions whose fp32 log-probabilities are in memory at once
 class TokenObjective(Objective):
     """Cross-entropy, which on tokens of the sources ``on`` gives way to :meth:`tokens`; ``base``: if it needs θ₀'s logits."""
 
+    one_pass = True
+
     def __init__(self, costs: Costs, on: Sequence[str], base: FrozenBase | None = None) -> None:
         super().__init__(costs)
         self.on, self.base = on, base

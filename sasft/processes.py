@@ -1,0 +1,61 @@
+"""Several processes, as ``accelerate launch`` and ``torchrun`` start them: the first one writes, the others wait for it."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from torch import Tensor, nn
+
+from drift.names import trainable
+from drift.reference import whole
+from sasft.errors import UsageError
+
+_PATIENCE = timedelta(days=7)  # how long the first process may generate or write while the others wait
+
+
+def join() -> bool:
+    """Meet the other processes, if there are any; whether this one is the first, which writes. It has its own GPU from then on.
+
+    Raises :class:`UsageError` for an accelerate configuration under which the others would load no weights.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return True
+    if os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false").lower() == "true" and sharding_asked():
+        raise UsageError("accelerate's fsdp_cpu_ram_efficient_loading leaves all processes but the first without the model's weights, "
+                         "from which methods start; set it to false in the file given to accelerate launch --config_file")
+    return PartialState(cpu=not torch.cuda.is_available()).is_main_process
+
+
+def sharding_asked() -> bool:
+    """Whether accelerate was told to shard the weights (FSDP)."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
+@contextmanager
+def first_goes_first() -> Iterator[None]:
+    """The block in the first process, and then in the others, which find what it has written. After :func:`join`."""
+    if not _several():
+        yield
+        return
+    group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    try:
+        if dist.get_rank() > 0:
+            dist.barrier(group)
+        yield
+    finally:
+        if dist.get_rank() == 0:
+            dist.barrier(group)
+        dist.destroy_process_group(group)
+
+
+def trained_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The trainable parameters in one piece each, on the CPU, by canonical name; every process must take part."""
+    return {name: whole(p).detach().cpu() for name, p in trainable(model).items()}
+
+
+def _several() -> bool:
+    return dist.is_initialized() and dist.get_world_size() > 1
