@@ -16,7 +16,7 @@ from tests.sasft.methods import cases
 NEUTRAL = {
     "low-lr": {"factor": 1.0}, "wise-ft": {"alpha": 1.0}, "l2-sp": {"weight": 0.0}, "ewc": {"weight": 0.0}, "kl-self": {"weight": 0.0},
     "kl-task": {"weight": 0.0}, "online-replay": {"weight": 0.0}, "stm": {"tau": float("inf")}, "ual": {"v_max": 0.0},
-    "lfu": {"weight": 0.0}, "spin": {"weight": 0.0},
+    "lfu": {"weight": 0.0}, "spin": {"weight": 0.0}, "grads": {"share": 1.0},
 }
 # As good as none: the path that computes the method's term must end where the one that leaves it out does.
 NEARLY = {
