@@ -1,4 +1,4 @@
-"""The command line: ``sasft generate``, ``sasft train``, ``sasft show``, ``sasft restyle``.
+"""The command line: ``sasft talk``, ``sasft train``, ``sasft show``, ``sasft restyle``.
 
 Every option is a field of the command's settings, documented there once; ``--config file.yaml`` reads them from a file, and
 options on the command line go before it.
@@ -7,43 +7,22 @@ options on the command line go before it.
 import dataclasses
 import json
 import sys
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-from transformers import HfArgumentParser
-
-from sasft.chat import Chat
 from sasft.data import encode_rows, read_rows
 from sasft.errors import UsageError
-from sasft.files import JsonlWriter
-from sasft.models import load_model, weights_hash
-from sasft.precision import Precision
+from sasft.files import write_jsonl
+from sasft.filters import NAMED
+from sasft.mixture import load_chat
+from sasft.options import parse
 from sasft.restyle import STYLES, restyle
-from sasft.sampling import Sampler
-from sasft.selfdialogue import Writer, generate, quality
 from sasft.settings import option
+from sasft.talk import TalkSettings, talk
 from sasft.train import TrainSettings, train
-
-
-@dataclass(kw_only=True)
-class GenerateSettings:
-    """Self-dialogues, written by the model itself through its chat template, into a JSONL file."""
-
-    out: str = option("", "JSONL file to write; rows already there are kept, and the run goes on after them")
-    n: int = option(500, "number of self-dialogues")
-    model: str = option("smollm2-135m-instruct", "embedded model name, local folder, or hub id (org/name)")
-    revision: str | None = option(None, "revision of a hub model")
-    temperature: float = option(0.7, "sampling temperature; 1 with top_p 1 samples the model's own distribution, "
-                                "which is what makes self-data force-free")
-    top_p: float = option(0.9, "nucleus: smallest share of probability that is sampled from")
-    max_new_tokens: int = option(128, "length cap of an answer; cut answers are kept, without an end-of-turn token")
-    max_user_tokens: int = option(64, "length cap of a user turn; longer ones are passed over")
-    seed: int = option(0, "seed; every row depends on it and on its own number alone")
-    batch_size: int = option(64, "rows sampled together")
-    precision: Precision = option("auto", "precision of the forward pass: bf16, fp32, or auto, as in training; best that of the training to come")
 
 
 @dataclass(kw_only=True)
@@ -64,15 +43,10 @@ class RestyleSettings:
     out: str = option("", "JSONL file to write")
 
 
-def _generate(settings: GenerateSettings) -> None:
-    _need(settings, "out")
-    sampler = Sampler(temperature=settings.temperature, top_p=settings.top_p, max_new_tokens=settings.max_new_tokens)
-    model, tokenizer = load_model(settings.model, revision=settings.revision)
-    writer = Writer(model=model, chat=Chat(tokenizer), sampler=sampler, precision=settings.precision,
-                    batch_size=settings.batch_size,
-                    provenance={"model": settings.model, "revision": settings.revision, "weights_sha256": weights_hash(model)})
-    rows = generate(writer, settings.n, Path(settings.out), seed=settings.seed, max_user_tokens=settings.max_user_tokens)
-    print(json.dumps(quality(rows), indent=1))
+def _talk(settings: TalkSettings) -> None:
+    done = talk(settings)
+    print(f"{done}\nself-dialogues to train on: {done.path}")
+    done.check()
 
 
 def _train(settings: TrainSettings) -> None:
@@ -84,8 +58,7 @@ def _train(settings: TrainSettings) -> None:
 def _show(settings: ShowSettings) -> None:
     _need(settings, "file")
     rows = read_rows(settings.file)[: settings.n]
-    _, tokenizer = load_model(settings.model)
-    chat = Chat(tokenizer)
+    chat = load_chat(settings.model)
     for row, encoded in zip(rows, encode_rows(rows, chat, sys.maxsize)[0], strict=True):
         print(f"--- {row.id}: {len(encoded.input_ids)} tokens, {encoded.loss_tokens} in the loss\n{chat.show(encoded)}")
 
@@ -95,19 +68,40 @@ def _restyle(settings: RestyleSettings) -> None:
     rows = read_rows(settings.file)
     if Path(settings.out).exists():
         raise UsageError(f"out {settings.out} exists already; name another file, or remove it")
-    restyled = [{"id": row.id, "source": row.source, "finished": row.finished, "style": settings.style,
-                 "messages": [*row.prompt, {"role": "assistant", "content": restyle(row.response, settings.style)}]}
+    restyled = [replace(row, response=restyle(row.response, settings.style), response_ids=None, meta={"style": settings.style})
                 for row in rows]
-    with JsonlWriter(settings.out) as sink:
-        sink.write(restyled)
+    write_jsonl(settings.out, (row.as_json() for row in restyled))
     print(f"{len(rows)} rows in {settings.style} style: {settings.out}")
 
 
-COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
-    "generate": (GenerateSettings, _generate),
-    "train": (TrainSettings, _train),
-    "show": (ShowSettings, _show),
-    "restyle": (RestyleSettings, _restyle),
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """A command: its settings, what it does with them, and examples for ``--help`` (options or whole lines below them)."""
+
+    settings: type
+    run: Callable[[Any], None]
+    examples: str
+    notes: str = ""
+
+    @property
+    def about(self) -> str:
+        """The settings' first sentence."""
+        return (self.settings.__doc__ or "").partition("\n")[0]
+
+
+COMMANDS: dict[str, Command] = {
+    "talk": Command(settings=TalkSettings, run=_talk, examples="""\
+  sasft talk --out self.jsonl --n 500 --sampler exact
+  sasft talk --out self.jsonl --n 500 --turns 2 --topics topics.txt
+  sasft talk --out self.jsonl --n 500 --filters distinct prompt_words=3-60 --ablate mathematics --limits unfinished=0.5
+  accelerate launch -m sasft.cli talk --out self.jsonl --n 5000""",
+                    notes="filters, by name:\n" + "\n".join(f"  {name:<20}{what}" for name, what in NAMED.items())),
+    "train": Command(settings=TrainSettings, run=_train, examples="""\
+  sasft train --task my_task.jsonl --self_data self.jsonl --lam 0.5 --steps 100 --out runs/mine"""),
+    "show": Command(settings=ShowSettings, run=_show, examples="""\
+  sasft show --file my_task.jsonl --n 2"""),
+    "restyle": Command(settings=RestyleSettings, run=_restyle, examples="""\
+  sasft restyle --file my_task.jsonl --style telegraphic --out terse.jsonl"""),
 }
 
 
@@ -116,14 +110,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] not in COMMANDS:
         asked = bool(argv) and argv[0] in ("-h", "--help")
-        lines = [f"  {name:<10}{(kind.__doc__ or '').splitlines()[0]}" for name, (kind, _) in COMMANDS.items()]
+        lines = [f"  {name:<10}{command.about}" for name, command in COMMANDS.items()]
         unknown = f"error: unknown command {argv[0]!r}\n" if argv and not asked else ""
         print(f"{unknown}usage: sasft COMMAND [options]; `sasft COMMAND --help` lists them\n" + "\n".join(lines),
               file=sys.stdout if asked else sys.stderr)
         return 0 if asked else 2
-    kind, run = COMMANDS[argv[0]]
+    name, command = argv[0], COMMANDS[argv[0]]
+    teach = "examples:\n" + command.examples + (f"\n\n{command.notes}" if command.notes else "")
     try:
-        run(_settings(kind, argv[0], argv[1:]))
+        settings, _ = parse(command.settings, argv[1:], prog=f"sasft {name}", teach=teach, elsewhere=_owners(name))
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+            command.run(settings)
     except (UsageError, OSError) as error:  # a full disk, say, wherever it is met
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -133,35 +131,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _settings(kind: type, command: str, argv: Sequence[str]) -> Any:
-    """Settings from the command line, over those of ``--config``, over the defaults."""
-    argv = list(argv)
-    from_file: dict[str, Any] = {}
-    if "--config" in argv:
-        at = argv.index("--config")
-        if at + 1 == len(argv):
-            raise UsageError("--config needs the name of a YAML file")
-        path = Path(argv[at + 1])
-        del argv[at : at + 2]
-        try:
-            from_file = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise UsageError(f"--config {path} can't be read: {error}") from None
-        if not isinstance(from_file, dict):
-            raise UsageError(f"--config {path} must hold `name: value` lines")
-        known = {f.name for f in dataclasses.fields(kind)}
-        if unknown := from_file.keys() - known:
-            raise UsageError(f"--config {path} has unknown settings: {', '.join(sorted(unknown))}; "
-                             f"there are {', '.join(sorted(known))}")
-    parser = HfArgumentParser(_plain(kind), prog=f"sasft {command}", description=(kind.__doc__ or "").splitlines()[0])
-    parser.set_defaults(**from_file)
-    return kind(**vars(parser.parse_args(argv)))
-
-
-def _plain(kind: type) -> type:
-    """The settings' fields without their checks, which are for the finished settings only."""
-    fields = [(f.name, f.type, dataclasses.field(default=f.default, metadata=f.metadata)) for f in dataclasses.fields(kind)]
-    return dataclasses.make_dataclass(kind.__name__, fields, kw_only=True)
+def _owners(name: str) -> dict[str, str]:
+    """The options of the other commands, and whose they are."""
+    return {field.name: f"sasft {other}" for other, command in COMMANDS.items() if other != name
+            for field in dataclasses.fields(command.settings)}
 
 
 def _need(settings: Any, *names: str) -> None:

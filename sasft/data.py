@@ -82,6 +82,17 @@ class Row:
             prompt=tuple(prompt), response=response,
             response_ids=None if ids is None else tuple(ids), finished=finished, meta=rest)
 
+    def as_json(self) -> dict[str, Any]:
+        """The object that :meth:`from_json` reads as this row.
+
+        >>> row = Row("1", "self", ({"role": "user", "content": "Hi!"},), "Hello.", (5, 6), meta={"seed": 3})
+        >>> Row.from_json(row.as_json()) == row
+        True
+        """
+        ids = {} if self.response_ids is None else {"response_ids": list(self.response_ids)}
+        return {"id": self.id, "source": self.source, "messages": [*self.prompt, {"role": "assistant", "content": self.response}],
+                **ids, "finished": self.finished, **self.meta}
+
 
 class _NoAnswer(UsageError):
     """A row without anything to learn; reported together with all others of its file."""

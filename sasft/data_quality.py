@@ -14,8 +14,9 @@ from sasft.chat import Chat
 from sasft.data import Row
 from sasft.errors import UsageError
 from sasft.filters import prompt_text, row_text
+from sasft.languages import language_of
 from sasft.settings import option
-from sasft.text_checks import is_degenerate, language_of, near_duplicates, off_template, words_of
+from sasft.text_checks import is_degenerate, near_duplicates, off_template, words_of
 from sasft.topics import LEXICONS
 
 _SHOWN = 3
@@ -71,7 +72,7 @@ class QualityReport:
     ``tokens``: length of answers in tokens without the end of turn (``unit`` tokens), or in words where rows carry no ids.
     ``nats_per_token``: minus the mean log-probability of the tokens of an answer, spread over answers, None if rows carry none.
     Its overall mean, among the measures, is over tokens: an unbiased estimate of the model's entropy per token if the sampler was
-    exact. ``languages`` and ``topics``: shares of rows by :func:`sasft.text_checks.language_of` ("?" if it can't be told) and by
+    exact. ``languages`` and ``topics``: shares of rows by :func:`sasft.languages.language_of` ("?" if it can't be told) and by
     the rules of :data:`sasft.topics.LEXICONS` on prompt and answer (a row may have several topics; "none" has none).
     """
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
+from drift.table import written_whole
 from sasft.errors import UsageError
 
 logger = logging.getLogger(__name__)
@@ -104,6 +105,12 @@ def write_json(path: Path | str, data: Any) -> None:
         temporary.unlink(missing_ok=True)
         raise UsageError(f"writing {path} failed: {error.strerror}; what was there before is "
                          "unchanged") from error
+
+
+def write_jsonl(path: Path | str, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write JSON objects, one a line: ``path`` holds its old content or all of the new."""
+    with written_whole(Path(path)) as temporary, temporary.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def sha256_file(path: Path | str) -> str:

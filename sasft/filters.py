@@ -5,7 +5,7 @@ answer pulls the model towards the answers that it keeps (F2c); it may be worth 
 """
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -13,7 +13,8 @@ import numpy as np
 
 from sasft.data import Row
 from sasft.errors import UsageError
-from sasft.text_checks import DEGENERATE, NEAR, is_degenerate, language_of, near_duplicates, off_template
+from sasft.languages import language_of
+from sasft.text_checks import DEGENERATE, NEAR, is_degenerate, near_duplicates, off_template
 from sasft.topics import Detector
 
 Keeps = Sequence[bool] | np.ndarray
@@ -161,7 +162,7 @@ def distinct(near: float = NEAR, *, of: Literal["prompt", "row"] = "prompt") -> 
 
 
 def language(expected: str = "en", *, of: Literal["prompt", "answer"] = "prompt") -> Filter:
-    """Rows whose prompt, or answer, is in the language or in none that can be told (:func:`sasft.text_checks.language_of`)."""
+    """Rows whose prompt, or answer, is in the language or in none that can be told (:func:`sasft.languages.language_of`)."""
     def text(row: Row) -> str:
         return prompt_text(row) if of == "prompt" else row.response
 
@@ -193,3 +194,58 @@ def _ids(row: Row) -> tuple[int, ...]:
         raise UsageError(f"row {row.id} has no response_ids, so its answer cannot be counted in tokens; the filter "
                          "is for sampled rows")
     return row.response_ids
+
+
+NAMED: Mapping[str, str] = {
+    "distinct": "prompts that are no near duplicate of an earlier one (=SIMILARITY from which two are: 0.8)",
+    "prompt_words": "=LEAST-MOST words in the last user turn, as prompt_words=3-60",
+    "language": "prompts in English, or =CODE of another language",
+    "on_template": "user turns without special tokens or role markers",
+    "random": "=N rows, whichever",
+    "finished": "answers that the length cap has not cut",
+    "answer_tokens": "=LEAST-MOST tokens in the answer",
+    "answer_language": "answers in English, or =CODE",
+    "answer_on_template": "answers without special tokens or role markers",
+    "no_loops": "answers that do not repeat themselves (=SHARE of repeated phrases that is let pass: 0.5)",
+    "distinct_rows": "rows that are no near duplicate of an earlier one (=SIMILARITY)",
+}
+"""Filters by name, with what each keeps: the first five leave the score identity intact, the others look at answers."""
+
+
+def named_filter(text: str, *, special_tokens: Sequence[str] = (), seed: int = 0) -> Filter:
+    """The filter that ``name`` or ``name=value`` of :data:`NAMED` asks for.
+
+    Raises :class:`UsageError` for a name that there is not, and for a value that the filter does not take or lacks.
+
+    >>> named_filter("prompt_words=3-60").breaks_f1, named_filter("finished").breaks_f1
+    (False, True)
+    """
+    name, equals, value = text.partition("=")
+    makers: dict[str, Callable[[], Filter]] = {
+        "distinct": lambda: distinct(float(value or NEAR)),
+        "prompt_words": lambda: prompt_words(*_span(value)),
+        "language": lambda: language(value or "en"),
+        "on_template": lambda: on_template(special_tokens),
+        "random": lambda: random_rows(int(value), seed=seed),
+        "finished": finished,
+        "answer_tokens": lambda: answer_tokens(*_span(value)),
+        "answer_language": lambda: language(value or "en", of="answer"),
+        "answer_on_template": lambda: on_template(special_tokens, of="answer"),
+        "no_loops": lambda: not_degenerate(float(value or DEGENERATE)),
+        "distinct_rows": lambda: distinct(float(value or NEAR), of="row"),
+    }
+    if name not in makers:
+        raise UsageError(f"there is no filter {name!r}; there are: " + "; ".join(f"{n}: {what}" for n, what in NAMED.items()))
+    if bool(equals) != bool(value) or (value and "=" not in NAMED[name]):
+        raise UsageError(f"the filter {name} is given {text!r}; it keeps {NAMED[name]}")
+    try:
+        return makers[name]()
+    except UsageError:
+        raise
+    except ValueError:  # no number
+        raise UsageError(f"the filter {name} can't take {repr(value) if value else 'no value'}; it keeps {NAMED[name]}") from None
+
+
+def _span(text: str) -> tuple[int, int]:
+    least, _, most = text.partition("-")
+    return int(least), int(most)

@@ -128,7 +128,7 @@ def make_plan(
                          "and 1 would train on no task row at all")
     if lam > 0 and not self_tokens:
         raise UsageError(f"lam is {lam}, so self rows are needed, but there are none; "
-                         "write some with `sasft generate`, or set lam to 0")
+                         "write some with `sasft talk`, or set lam to 0")
     if not task_tokens:
         raise UsageError("there are no task rows to train on")
     if steps < 1:

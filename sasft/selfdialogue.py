@@ -6,7 +6,6 @@ and a stopped run goes on without repeating or changing a row.
 
 import hashlib
 import json
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from sasft.files import JsonlWriter
 from sasft.sampling import row_seed
 from sasft.writing import Job, Messages, Writer, answer, answer_until, existing, progress_bar, respond
 
-__all__ = ["SINGLE_TURN", "Dialogues", "Job", "Writer", "answer", "answer_until", "generate", "quality", "respond"]
+__all__ = ["SINGLE_TURN", "Dialogues", "Job", "Writer", "answer", "answer_until", "respond", "write_dialogues"]
 
 # Candidates are drawn in chunks of this many batches, or of one call to a refilled batch if that is more.
 _BATCHES_A_CHUNK = 2
@@ -75,8 +74,8 @@ SINGLE_TURN = Dialogues()
 """One user turn, the default system prompt, no topic."""
 
 
-def generate(writer: Writer, n: int, out: Path, *, seed: int = 0, max_user_tokens: int = 64,
-             dialogues: Dialogues = SINGLE_TURN, shard: tuple[int, int] = (0, 1), progress: bool = True) -> list[Row]:
+def write_dialogues(writer: Writer, n: int, out: Path, *, seed: int = 0, max_user_tokens: int = 64,
+                    dialogues: Dialogues = SINGLE_TURN, shard: tuple[int, int] = (0, 1), progress: bool = True) -> list[Row]:
     """Write ``n`` self-dialogues to ``out`` (JSONL) and return their rows; rows already there are kept.
 
     The template is fed up to the opening of the user turn (default system prompt in place), the model writes the user
@@ -185,21 +184,3 @@ def place(row_id: str) -> tuple[int, int]:
     """
     candidate, _, turn = row_id.rsplit("-", 1)[1].partition(".")
     return int(candidate), int(turn or 1)
-
-
-def quality(rows: Sequence[Row]) -> dict[str, float]:
-    """A first look at self-dialogues before they are trained on.
-
-    Shares in [0, 1]: ``finished`` answers, ``empty`` answers, ``distinct_prompts``; mean answer length in tokens;
-    ``entropy_nats``: minus the mean log-probability of the answers' tokens under the base, an unbiased estimate of
-    the model's entropy per token where the sampler is exact.
-    """
-    logprobs = [lp for r in rows for lp in r.meta.get("logprobs", ())]
-    return {
-        "rows": len(rows),
-        "finished": statistics.fmean(r.finished for r in rows),
-        "empty": statistics.fmean(not r.response.strip() for r in rows),
-        "distinct_prompts": len({r.prompt[-1]["content"] for r in rows}) / len(rows),
-        "tokens": statistics.fmean(len(r.response_ids or ()) for r in rows),
-        "entropy_nats": -statistics.fmean(logprobs) if logprobs else float("nan"),
-    }

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from drift.table import written_whole
 from sasft.data import Row, read_rows
 from sasft.errors import UsageError
-from sasft.selfdialogue import SINGLE_TURN, Dialogues, generate, place
+from sasft.files import write_jsonl
+from sasft.selfdialogue import SINGLE_TURN, Dialogues, place, write_dialogues
 from sasft.sources import Source
 from sasft.writing import Writer
 
@@ -29,9 +29,9 @@ def shard_path(out: Path, index: int, shards: int) -> Path:
     return out.with_name(f"{out.stem}.{index}-of-{shards}{out.suffix}")
 
 
-def generate_in_parallel(writer: Writer, n: int, out: Path, *, seed: int = 0, max_user_tokens: int = 64,
-                         dialogues: Dialogues = SINGLE_TURN, progress: bool = True) -> list[Row]:
-    """:func:`sasft.selfdialogue.generate` over the processes of ``accelerate launch``; all of them return all rows.
+def write_in_parallel(writer: Writer, n: int, out: Path, *, seed: int = 0, max_user_tokens: int = 64,
+                      dialogues: Dialogues = SINGLE_TURN, progress: bool = True) -> list[Row]:
+    """:func:`sasft.selfdialogue.write_dialogues` over the processes of ``accelerate launch``; all of them return all rows.
 
     Process i of N writes shard i to a file of its own, which a stopped run goes on with; when all are done, the main process
     merges them into ``out``. One process alone writes ``out`` itself. Candidates, and so seeds, are dealt out by number: every
@@ -40,8 +40,8 @@ def generate_in_parallel(writer: Writer, n: int, out: Path, *, seed: int = 0, ma
     state = PartialState(cpu=not torch.accelerator.is_available())  # which does not find out by itself that there are processes
     index, shards = state.process_index, state.num_processes
     own = out if shards == 1 else shard_path(out, index, shards)
-    rows = generate(writer, n, own, seed=seed, max_user_tokens=max_user_tokens, dialogues=dialogues,
-                    shard=(index, shards), progress=progress and state.is_main_process)
+    rows = write_dialogues(writer, n, own, seed=seed, max_user_tokens=max_user_tokens, dialogues=dialogues,
+                           shard=(index, shards), progress=progress and state.is_main_process)
     if shards == 1:
         return rows
     state.wait_for_everyone()
@@ -77,8 +77,7 @@ def merge_shards(out: Path, shards: int) -> Path:
     if twins:
         logger.warning("%s: %d of %d rows repeat another one word for word, from a seed of their own", out, twins, len(rows))
     rows.sort(key=lambda row: place(row["id"]))
-    with written_whole(out) as temporary:
-        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    write_jsonl(out, rows)
     return out
 
 

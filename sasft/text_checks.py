@@ -1,4 +1,4 @@
-"""What is wrong with a single text, or with two that are too much alike: loops, template marks, language, near duplicates."""
+"""What is wrong with a single text, or with two that are too much alike: loops, template marks, near duplicates."""
 
 import math
 import re
@@ -19,22 +19,6 @@ _ROLE = re.compile(
     r"|^\s*#{2,3}\s*(?:instruction|response|input|user|assistant|human)\b"
     r"|<\|[\w ]{1,30}\|>|\[/?INST\]|<</?SYS>>|</?(?:s|bos|eos|think|start_of_turn|end_of_turn)>",
     re.IGNORECASE | re.MULTILINE)
-
-_SCRIPTS = {
-    "ja": "\u3040-\u30ff", "ko": "\uac00-\ud7af\u1100-\u11ff", "zh": "\u4e00-\u9fff\u3400-\u4dbf", "ru": "\u0400-\u04ff",
-    "ar": "\u0600-\u06ff",
-    "el": "\u0370-\u03ff", "he": "\u0590-\u05ff", "hi": "\u0900-\u097f", "th": "\u0e00-\u0e7f",
-}
-_IN_SCRIPT = {code: re.compile(f"[{span}]") for code, span in _SCRIPTS.items()}
-_STOP_WORDS = {code: frozenset(words.split()) for code, words in {
-    "en": "the of and to is that it for you with this are was be have not they at from or which what how can your there would",
-    "de": "der die das und ist nicht ein eine zu den mit von sie ich auf für dem sich auch wie wir es im werden oder aber kann",
-    "fr": "le la les des et est que pour dans une qui pas vous sur avec ce il je nous par plus sont au du elle mais être cette",
-    "es": "el la los las y que en un una es por con para se su del lo como más pero este está son muy qué hay al yo",
-    "it": "il di che è la per un una non sono con del della gli le si da anche come più questo ma nel alla ci io delle",
-    "pt": "o que e da em um uma para não é com os se por mais dos como mas foi ao você são na isso muito ele pelo sua",
-    "nl": "de het een en van is dat niet te op voor met zijn je er ook aan maar als bij om dit naar hebben wat kan",
-}.items()}
 
 
 def words_of(text: str) -> list[str]:
@@ -78,28 +62,6 @@ def off_template(text: str, special_tokens: Sequence[str] = ()) -> str | None:
         return found
     match = _ROLE.search(text)
     return match[0].strip() if match else None
-
-
-def language_of(text: str) -> str | None:
-    """The language by a rule of scripts and stop words, as ISO 639-1; None if it can't be told (short texts, code, sums).
-
-    If at least half of the letters are of one non-Latin script, it names the language that most writes it (Cyrillic: ``ru``).
-    Else it is the one of English, German, French, Spanish, Italian, Portuguese and Dutch of which the text has most
-    of some 28 frequent words: at least two, at least a tenth of its words, and more than of any other. A rule of thumb for
-    flagging a file in the wrong language, no language identifier: languages without a list come out as a relative or as None.
-
-    >>> [language_of(text) for text in ("What is the capital of France?", "Was ist die Hauptstadt?", "2 + 2 = 4")]
-    ['en', 'de', None]
-    """
-    letters = sum(map(str.isalpha, text))
-    if letters and not text.isascii():
-        for code, script in _IN_SCRIPT.items():
-            if 2 * len(script.findall(text)) >= letters:
-                return code
-    words = words_of(text)
-    hits = sorted(((sum(word in stop for word in words), code) for code, stop in _STOP_WORDS.items()), reverse=True)
-    (most, code), (second, _) = hits[:2]
-    return code if most >= max(2, len(words) / 10) and most > second else None
 
 
 def near_duplicates(texts: Sequence[str], threshold: float = NEAR) -> list[int | None]:

@@ -6,66 +6,100 @@ It sets up the instruments, calls :func:`sasft.trainer.fit` and leaves a folder 
 import json
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 import drift
 from sasft.chat import Chat, Encoded
-from sasft.data import encode_rows, read_rows
+from sasft.data import Row, encode_rows, read_rows
 from sasft.errors import UsageError
 from sasft.files import ensure_writable, sha256_file, write_json
 from sasft.manifest import differences
-from sasft.methods import Costs, Method, Workshop, parse_method
-from sasft.mixing import SELF, TASK, make_plan
+from sasft.methods import METHODS, Costs, Method, Workshop, parse_method
+from sasft.mixing import SELF, TASK, Plan, make_plan
+from sasft.mixture import Mixture, hold_out, read_mixture
 from sasft.models import LoraSettings, load_model, weights_hash
 from sasft.precision import autocast
 from sasft.probes import run_probes
+from sasft.processes import first_goes_first, join
 from sasft.sampling import EXACT
 from sasft.settings import option
+from sasft.sources import Source
 from sasft.trainer import FitSettings, fit
 from sasft.versions import versions
 from sasft.writing import Writer
 
+_FILES = ("mix", "task", "self_data", "general_text")
+_DATA, _MODEL, _METHOD, _RECORD = "what is trained on", "the model", "the method", "what is recorded and kept"
+# What a mix has settled already; without one, these hold where nothing else is asked for.
+_WITHOUT_A_MIX: Mapping[str, Any] = {
+    "lam": 0.5, "steps": 100, "rows_per_step": 16, "max_tokens": 1024, "too_long": "error", "probe_rows": 16}
+
 
 @dataclass(kw_only=True)
 class TrainSettings(FitSettings):
-    """One run from files: what to train, on what, by which method, and what to record."""
+    """One run from files: what to train, on what, by which method, and what to record.
 
-    model: str = option("smollm2-135m-instruct", "embedded model name, local folder, or hub id (org/name)")
-    revision: str | None = option(None, "revision of a hub model")
-    task: str = option("", "JSONL file of task rows")
-    self_data: str | None = option(None, "JSONL file of self-dialogues, as written by `sasft generate`")
-    out: str = option("", "folder of the run")
-    lam: float = option(0.5, "share of self rows in the mix, in [0, 1); 0 is plain fine-tuning")
-    method: str = option("sft", "fine-tuning method, by its name in sasft.methods; sft: the ordinary loss on the rows of the mix")
-    method_options: str = option("", "options of the method: name=value, with blanks between them")
-    steps: int = option(100, "optimiser steps")
-    rows_per_step: int = option(16, "rows a step, of both sources together")
-    max_tokens: int = option(1024, "longest row allowed, in tokens")
-    too_long: Literal["error", "truncate", "drop"] = option("error", "what to do with longer rows")
-    lora_rank: int = option(0, "rank of LoRA adapters on all linear layers; 0 trains all weights")
-    lora_alpha: float = option(16.0, "LoRA scale: updates are multiplied by alpha / rank")
-    record_every: int = option(10, "steps between recordings of drift, alignment, KL and style; 0 for none")
-    probe_rows: int = option(16, "rows of each file held out of training to measure alignment, KL and style on")
-    general_text: str | None = option(None, "UTF-8 text file on which to record the negative log-likelihood")
-    save_model: bool = option(True, "save the trained model (for LoRA, the adapter) in the run folder")
+    Trained on are either a mix that `sasft mix` has written, or task rows and self-dialogues in the ratio that lam says.
+    """
+
+    out: str = option("", "folder of the run; a stopped run goes on there", _DATA)
+    mix: str | None = option(None, "folder of a mix, as written by `sasft mix`: its rows, in its steps", _DATA)
+    task: str = option("", "without a mix: JSONL or Parquet file, or hub dataset, of task rows", _DATA)
+    self_data: str | None = option(None, "without a mix: JSONL file of self-dialogues, as written by `sasft talk`", _DATA)
+    lam: float | None = option(None, "share of self rows in the mix, in [0, 1); 0 is plain fine-tuning (0.5; a mix has settled this and "
+                                     "the next four)", _DATA)
+    steps: int | None = option(None, "optimiser steps (100)", _DATA)
+    rows_per_step: int | None = option(None, "rows a step, of both sources together (16)", _DATA)
+    max_tokens: int | None = option(None, "longest row allowed, in tokens (1024)", _DATA)
+    too_long: Literal["error", "truncate", "drop"] | None = option(None, "what to do with longer rows (error)", _DATA)
+    model: str = option("smollm2-135m-instruct", "embedded model name, local folder, or hub id (org/name)", _MODEL)
+    revision: str | None = option(None, "revision of a hub model", _MODEL)
+    lora_rank: int = option(0, "rank of LoRA adapters on all linear layers; 0 trains all weights", _MODEL)
+    lora_alpha: float = option(16.0, "LoRA scale: updates are multiplied by alpha / rank", _MODEL)
+    method: str = option("sft", f"fine-tuning method, one of {', '.join(METHODS)}; sft: the ordinary loss on the rows of the mix", _METHOD)
+    method_options: str = option("", "options of the method: name=value, with blanks between them", _METHOD)
+    record_every: int = option(10, "steps between recordings of drift, alignment, KL and style; 0 for none", _RECORD)
+    probe_rows: int | None = option(None, "rows of each file held out of training to measure alignment, KL and style on (16; a mix has "
+                                          "settled it)", _RECORD)
+    general_text: str | None = option(None, "UTF-8 text file on which to record the negative log-likelihood", _RECORD)
+    save_model: bool = option(True, "save the trained model (for LoRA, the adapter) in the run folder", _RECORD)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.task:
-            raise UsageError("task is missing: name a JSONL file of task rows")
+        if self.mix:
+            settled = [name for name in ("task", "self_data", *_WITHOUT_A_MIX) if getattr(self, name) not in (None, "")]
+            if settled:
+                raise UsageError(f"{settled[0]} is {getattr(self, settled[0])}, but the mix {self.mix} has settled that; leave out one "
+                                 "of the two (`sasft mix` takes the settings of a mix)")
+        else:
+            self._without_a_mix()
         if not self.out:
             raise UsageError("out is missing: name a folder for the run")
+        for name, least in (("record_every", 0), ("lora_rank", 0), ("save_every", 0)):
+            if getattr(self, name) < least:
+                raise UsageError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        self.chosen_method()
+
+    def _without_a_mix(self) -> None:
+        if not self.task:
+            raise UsageError("task is missing: name a file of task rows with --task, or with --mix a folder that `sasft mix` has written")
+        for name, value in _WITHOUT_A_MIX.items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
         if not 0 <= self.lam < 1:
             raise UsageError(f"lam (the share of self rows) must lie in [0, 1), got {self.lam}")
         if self.lam > 0 and not self.self_data:
             raise UsageError(f"lam is {self.lam}, but self_data names no file; write self-dialogues with "
-                             "`sasft generate` and name them with --self-data, or set --lam 0")
-        self.chosen_method()
+                             "`sasft talk` and name them with --self_data, or set --lam 0")
+        for name in ("steps", "rows_per_step", "max_tokens"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} must be at least 1, got {getattr(self, name)}")
 
     def chosen_method(self) -> Method:
         """The method with its options; raises :class:`UsageError` for what there is not."""
@@ -81,44 +115,36 @@ def train(settings: TrainSettings) -> dict[str, Any]:
     method has cost beyond SFT. The same call again returns a finished run's summary, or goes on
     with an unfinished one; another configuration in the same folder is refused.
     """
-    out = Path(settings.out)
+    first, out = join(), Path(settings.out)
     ensure_writable(out)
     method, costs = settings.chosen_method(), Costs()
     text = _general_text(settings.general_text)
-    files = {"task": settings.task, "self": settings.self_data, "general_text": settings.general_text}
+    material = read_material(settings)
     identity = {
-        "settings": {k: v for k, v in asdict(settings).items() if k not in ("out", "task", "self_data", "general_text")},
-        "data_sha256": {k: sha256_file(Path(p)) for k, p in files.items() if p},
+        "settings": {k: v for k, v in asdict(settings).items() if k not in ("out", *_FILES)},
+        "data_sha256": {**material.sha256, **({"general_text": sha256_file(settings.general_text)} if settings.general_text else {})},
     }
-    _claim(out, identity, files)
+    _claim(out, identity, {name: getattr(settings, name) for name in _FILES})
     if (done := out / "summary.json").exists():
         return json.loads(done.read_text(encoding="utf-8"))
 
-    task_rows = read_rows(Path(settings.task))
-    self_rows = read_rows(Path(settings.self_data)) if settings.self_data else []
-    lora = LoraSettings(r=settings.lora_rank, alpha=settings.lora_alpha) if settings.lora_rank else None
-    model, tokenizer = load_model(settings.model, revision=settings.revision, lora=lora, seed=settings.seed)
+    model, tokenizer = load(settings)
     chat = Chat(tokenizer)
     writer = _writer(settings, model, chat) if method.writes else None
-    made = method.rows({TASK: task_rows, SELF: self_rows},
-                       Workshop(chat=chat, folder=out / "method", writer=writer, seed=settings.seed, costs=costs))
+    workshop = Workshop(chat=chat, folder=out / "method", writer=writer, seed=settings.seed, costs=costs)
+    with first_goes_first():  # the others find the rows that it has written
+        made = method.rows(material.rows, workshop)
     model = method.prepare(model, settings.seed)
-    rows: dict[str, list[Encoded]] = {}
-    held_out: dict[str, list[Encoded]] = {}
-    for source, read in made.items():
-        encoded, report = encode_rows(read, chat, settings.max_tokens, too_long=settings.too_long)
-        measured = settings.probe_rows if settings.record_every and source in (TASK, SELF) else 0
-        rows[source], held_out[source] = _hold_out(encoded, measured)
-        if encoded:
-            print(f"{source}: {report}; {len(held_out[source])} held out to measure on", file=sys.stderr)
+    rows, held_out, reports = encode(settings, material, made, chat)
+    if first:
+        print(*reports, sep="\n", file=sys.stderr)
     with autocast(settings.precision, model.device.type):
         rows = method.encoded(rows, model, chat.pad_id, costs)
         objective = method.objective(model, rows, chat.pad_id, costs)
-    plan = make_plan(
-        [r.loss_tokens for r in rows[TASK]], [r.loss_tokens for r in rows[SELF]],
-        steps=settings.steps, lam=settings.lam, rows_per_step=settings.rows_per_step, seed=settings.seed)
-    plan.save(out / "plan.jsonl")
-    write_json(out / "mix.json", plan.report())
+    plan = lay_out(settings, material, rows)
+    if first:
+        plan.save(out / "plan.jsonl")
+        write_json(out / "mix.json", plan.report())
     callbacks = []
     if settings.record_every:
         callbacks.append(drift.DriftCallback(
@@ -126,17 +152,87 @@ def train(settings: TrainSettings) -> dict[str, Any]:
             probes=run_probes(chat, held_out, text, precision=settings.precision)))
     fitted = replace(settings, lr=method.learning_rate(settings.lr))
     log = fit(model, rows, plan, fitted, pad_id=chat.pad_id, out=out, objective=objective, callbacks=callbacks)
-    write_json(out / "log.json", log)
-    if settings.save_model:
+    if first and settings.save_model:
         model.save_pretrained(out / "model")
         tokenizer.save_pretrained(out / "model")
     summary = {"mix": plan.report(), "method": method.describe(), "costs": costs.describe(),
                "weights_sha256": weights_hash(model),
                "recorded": callbacks[0].recorder.latest() if callbacks else {},
                "loss": [entry["loss"] for entry in log if "loss" in entry]}
-    write_json(done, summary)
-    shutil.rmtree(out / "checkpoints", ignore_errors=True)  # three times the model's size, and of no use any more
+    if first:
+        write_json(out / "log.json", log)
+        write_json(done, summary)
+        shutil.rmtree(out / "checkpoints", ignore_errors=True)  # three times the model's size, and of no use any more
     return summary
+
+
+@dataclass(frozen=True)
+class Material:
+    """What a run is made of: rows by source as they are read, their files' hashes, and the mix that they come from, if any."""
+
+    rows: Mapping[str, Sequence[Row]]
+    sha256: Mapping[str, Any]
+    mixture: Mixture | None = None
+
+
+def read_material(settings: TrainSettings) -> Material:
+    """The rows that the settings name; raises :class:`UsageError` for what cannot be read or was changed since it was mixed."""
+    if settings.mix:
+        mixture = read_mixture(settings.mix)
+        report = json.loads((Path(settings.mix) / "mix.json").read_text(encoding="utf-8"))
+        return Material({TASK: [], SELF: [], **mixture.rows}, {name: report[name] for name in ("rows_sha256", "held_out")}, mixture)
+    files = {TASK: settings.task, **({SELF: settings.self_data} if settings.self_data else {})}
+    sources = {name: Source.parse(file) for name, file in files.items()}
+    return Material({TASK: [], SELF: [], **{name: read_rows(source) for name, source in sources.items()}},
+                    {name: source.sha256() for name, source in sources.items()})
+
+
+def load(settings: TrainSettings) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """The untrained model, with adapters if there are to be some."""
+    lora = LoraSettings(r=settings.lora_rank, alpha=settings.lora_alpha) if settings.lora_rank else None
+    return load_model(settings.model, revision=settings.revision, lora=lora, seed=settings.seed)
+
+
+Rows = dict[str, list[Encoded]]
+
+
+def encode(settings: TrainSettings, material: Material, made: Mapping[str, Sequence[Row]], chat: Chat) -> tuple[Rows, Rows, list[str]]:
+    """Rows to train on and rows held out of training, encoded, and what that came to; ``made`` is what a method has made of the
+    material's rows.
+
+    Raises :class:`UsageError` if the rows of a mix have other lengths than those that it was laid out for.
+    """
+    mixture = material.mixture
+    rows: Rows = {}
+    held_out: Rows = {TASK: [], SELF: []}
+    reports = []
+    limits = {"max_tokens": settings.max_tokens, "too_long": settings.too_long} if mixture is None else mixture.encoding
+    for source, read in made.items():
+        encoded, report = encode_rows(read, chat, **limits)
+        rows[source] = encoded
+        if mixture is None and settings.record_every and source in held_out:
+            rows[source], held_out[source] = hold_out(encoded, settings.probe_rows)
+        elif mixture is not None and source in mixture.held_out:
+            held_out[source] = encode_rows(mixture.held_out[source], chat, **limits)[0]
+            if read == mixture.rows[source] and tuple(e.loss_tokens for e in encoded) != mixture.plan.tokens[source]:
+                raise UsageError(f"the rows of {source} have other lengths for {settings.model} than {settings.mix} was laid out for; mix "
+                                 f"them for this model: sasft mix --model {settings.model} ...")
+        if encoded:
+            reports.append(f"{source}: {report}; {len(held_out.get(source, ()))} held out to measure on")
+    return rows, held_out, reports
+
+
+def lay_out(settings: TrainSettings, material: Material, rows: Rows) -> Plan:
+    """The rows of every step: the mix's, or those that ``lam`` says."""
+    if material.mixture is None:
+        return make_plan([r.loss_tokens for r in rows[TASK]], [r.loss_tokens for r in rows[SELF]], steps=settings.steps,
+                         lam=settings.lam, rows_per_step=settings.rows_per_step, seed=settings.seed)
+    plan = material.mixture.plan
+    for source, tokens in plan.tokens.items():
+        if len(rows[source]) != len(tokens):
+            raise UsageError(f"the method {settings.method} makes {len(rows[source])} rows of the {len(tokens)} of {source}, so the steps "
+                             "of the mix no longer fit; name the files by task and self_data instead, and steps are laid out after it")
+    return replace(plan, tokens={source: tuple(r.loss_tokens for r in rows[source]) for source in plan.tokens})
 
 
 def _writer(settings: TrainSettings, model: nn.Module, chat: Chat) -> Writer:
@@ -154,12 +250,6 @@ def _claim(out: Path, identity: dict[str, Any], files: Mapping[str, str | None])
             raise UsageError(f"{out} holds another run ({'; '.join(differing)}); name another folder, or remove this one")
     else:
         write_json(path, {"identity": identity, "files": dict(files), "versions": versions()})
-
-
-def _hold_out(rows: list[Encoded], n: int) -> tuple[list[Encoded], list[Encoded]]:
-    """Rows to train on and the last ``n`` rows to measure on, at most a quarter of them."""
-    n = min(n, len(rows) // 4)
-    return rows[: len(rows) - n], rows[len(rows) - n :]
 
 
 def _general_text(path: str | None) -> str | None:

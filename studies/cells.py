@@ -27,7 +27,7 @@ from sasft.errors import UsageError
 from sasft.files import write_json
 from sasft.restyle import restyle
 from sasft.sampling import EXACT, PAPER, Sampler
-from sasft.selfdialogue import Writer, answer, answer_until, generate
+from sasft.selfdialogue import Writer, answer, answer_until, write_dialogues
 from sasft.tasks import Problem, get_task
 
 ONE_SENTENCE = "Answer in one sentence."
@@ -97,9 +97,9 @@ def build(writer: Writer, settings: DataSettings, folder: Path) -> StudyData:
         **_human(chat, settings.passages, settings.passage_tokens),
     }
     for name, sampler in SAMPLERS.items():
-        rows = generate(_with_sampler(writer, sampler, settings.max_answer_tokens),
-                        settings.self_rows + settings.held_out_self_rows, folder / f"self_{name}.jsonl",
-                        seed=settings.data_seed, max_user_tokens=settings.max_user_tokens)
+        rows = write_dialogues(_with_sampler(writer, sampler, settings.max_answer_tokens),
+                               settings.self_rows + settings.held_out_self_rows, folder / f"self_{name}.jsonl",
+                               seed=settings.data_seed, max_user_tokens=settings.max_user_tokens)
         encoded = [chat.encode(r.prompt, r.response_ids, finished=r.finished) for r in rows]
         held_out[f"self_{name}"] = encoded[: settings.held_out_self_rows]
         train[f"self_{name}"] = encoded[settings.held_out_self_rows :]

@@ -1,5 +1,6 @@
 """The README's examples, run as they stand on a model that takes no time."""
 
+import dataclasses
 import json
 import re
 import shlex
@@ -8,10 +9,12 @@ from pathlib import Path
 import pytest
 
 from sasft.cli import main
+from sasft.data_quality import QualityLimits
 from tests.sasft import tiny_chat
 
 README = Path(__file__).parents[1] / "README.md"
 EMBEDDED = "smollm2-135m-instruct"
+NO_LIMITS = [f"{limit.name}=none" for limit in dataclasses.fields(QualityLimits)]  # the tiny model babbles
 
 
 def blocks(language: str) -> list[str]:
@@ -59,12 +62,12 @@ def test_gradients_of_sources(here: Path, capsys: pytest.CaptureFixture) -> None
 
 
 def test_sa_sft_from_the_command_line_and_from_python(here: Path, capsys: pytest.CaptureFixture) -> None:
-    shell = next(b for b in blocks("bash") if "sasft generate" in b)
+    shell = next(b for b in blocks("bash") if "sasft talk" in b)
     for line in shell.replace("\\\n", " ").splitlines():
         argv = shlex.split(line, comments=True)
         if argv:
             assert argv[0] == "sasft"
-            small = {"generate": ["--n", "24", "--max_new_tokens", "10", "--precision", "fp32"],
+            small = {"talk": ["--n", "24", "--max_new_tokens", "10", "--precision", "fp32", "--limits", *NO_LIMITS],
                      "train": ["--steps", "2", "--precision", "fp32", "--record_every", "1"]}.get(argv[1], [])
             extra = [] if argv[1] == "restyle" else ["--model", "model"]
             assert main([*argv[1:], *small, *extra]) == 0, capsys.readouterr().err

@@ -10,7 +10,7 @@ import pytest
 from sasft.backends import vllm_engine, vllm_sample
 from sasft.errors import UsageError
 from sasft.sampling import EXACT, Sampler, sample
-from sasft.selfdialogue import Writer, generate
+from sasft.selfdialogue import Writer, write_dialogues
 from tests.drift import zoo
 from tests.sasft import tiny_chat
 
@@ -97,11 +97,11 @@ def test_rows_of_the_engine_say_so(vllm, tmp_path: Path) -> None:
     engine = LLM(tiny_chat.chatty())
     writer = Writer(model=engine, chat=tiny_chat.chat(), precision="bf16", batch_size=4, backend="vllm",
                     provenance={"model": "chatty"}, sampler=Sampler(temperature=1, top_p=1, max_new_tokens=12))
-    rows = generate(writer, 12, tmp_path / "self.jsonl", max_user_tokens=30, progress=False)
+    rows = write_dialogues(writer, 12, tmp_path / "self.jsonl", max_user_tokens=30, progress=False)
     assert len(rows) == 12 and {r.meta["backend"] for r in rows} == {"vllm not installed"}
     assert {r.finished for r in rows} == {True, False}
     asked = len(engine.asked)
-    assert generate(writer, 12, tmp_path / "self.jsonl", max_user_tokens=30, progress=False) == rows
+    assert write_dialogues(writer, 12, tmp_path / "self.jsonl", max_user_tokens=30, progress=False) == rows
     assert len(engine.asked) == asked
 
 

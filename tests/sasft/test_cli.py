@@ -1,14 +1,18 @@
 """The command line: what it does, and what it says when it can't."""
 
 import json
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 import sasft.cli
-from sasft.cli import main
+from sasft.cli import COMMANDS, main
 from sasft.data import read_rows
+from sasft.data_quality import QualityLimits
 from tests.sasft import tiny_chat
+
+NO_LIMITS = [f"{limit.name}=none" for limit in fields(QualityLimits)]  # the tiny model babbles
 
 
 @pytest.fixture
@@ -21,13 +25,17 @@ def folder(tmp_path: Path) -> Path:
 
 def sasft_command(folder: Path, command: str, **options) -> int:
     given = {"model": folder / "model", **options} if command != "restyle" else options
-    return main([command, *(str(x) for k, v in given.items() for x in (f"--{k}", v))])
+    return main([command, *(str(x) for k, v in given.items() for x in (f"--{k}", *(v if isinstance(v, list) else [v])))])
 
 
-def test_generate_train_show_and_restyle(folder: Path, capsys: pytest.CaptureFixture) -> None:
-    assert sasft_command(folder, "generate", out=folder / "self.jsonl", n=12, max_new_tokens=12, batch_size=4,
-                         precision="fp32") == 0
-    assert json.loads(capsys.readouterr().out)["rows"] == 12
+def talk(folder: Path, **options) -> int:
+    return sasft_command(folder, "talk", **{"out": folder / "self.jsonl", "n": 12, "max_new_tokens": 12, "batch_size": 4,
+                                            "precision": "fp32", "limits": NO_LIMITS, **options})
+
+
+def test_talk_train_show_and_restyle(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    assert talk(folder) == 0
+    assert f"self-dialogues to train on: {folder / 'self.jsonl'}" in capsys.readouterr().out
     assert sasft_command(folder, "train", task=folder / "task.jsonl", self_data=folder / "self.jsonl", out=folder / "run",
                          steps=2, rows_per_step=4, record_every=1, probe_rows=3, precision="fp32") == 0
     said = capsys.readouterr()
@@ -40,42 +48,62 @@ def test_generate_train_show_and_restyle(folder: Path, capsys: pytest.CaptureFix
     assert read_rows(folder / "caps.jsonl")[3].response == "IT IS 3, AND NOTHING ELSE."
 
 
-def test_a_yaml_file_gives_what_the_command_line_leaves_open(folder: Path, capsys: pytest.CaptureFixture) -> None:
-    (folder / "c.yaml").write_text(f"model: {folder / 'model'}\nn: 4\nmax_new_tokens: 8\nprecision: fp32\n")
-    assert main(["generate", "--config", str(folder / "c.yaml"), "--out", str(folder / "s.jsonl"), "--n", "3"]) == 0
-    assert json.loads(capsys.readouterr().out)["rows"] == 3
-    assert read_rows(folder / "s.jsonl")[0].meta["sampler"] == {"temperature": 0.7, "top_p": 0.9, "max_new_tokens": 8}
+def test_a_yaml_file_gives_what_the_command_line_leaves_open(folder: Path) -> None:
+    (folder / "c.yaml").write_text(f"model: {folder / 'model'}\nn: 4\nmax_new_tokens: 8\nprecision: fp32\ntop_p: 8e-1\n"
+                                   f"limits: [{', '.join(NO_LIMITS)}]\n")
+    assert main(["talk", "--config", str(folder / "c.yaml"), "--out", str(folder / "s.jsonl"), "--n", "3"]) == 0
+    rows = read_rows(folder / "s.jsonl")
+    assert len(rows) == 3 and rows[0].meta["sampler"] == {"temperature": 0.7, "top_p": 0.8, "max_new_tokens": 8}
 
 
 def test_help_lists_the_commands_and_their_options(capsys: pytest.CaptureFixture) -> None:
     assert main(["--help"]) == 0
     said = capsys.readouterr().out
-    assert all(name in said for name in ("generate", "train", "show", "restyle"))
-    with pytest.raises(SystemExit):
-        main(["train", "--help"])
-    said = capsys.readouterr().out
-    assert "--lam" in said and "share of self rows in the mix" in said
+    assert all(name in said for name in COMMANDS)
+    for name, command in COMMANDS.items():
+        with pytest.raises(SystemExit):
+            main([name, "--help"])
+        said = capsys.readouterr().out
+        for option in fields(command.settings):
+            assert f"--{option.name}" in said
+            assert "".join(option.metadata["help"].split())[:40] in "".join(said.split())
+        assert f"sasft {name} --" in said.split("examples:")[1]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_examples_of_a_command_are_options_that_it_has(name: str) -> None:
+    for line in COMMANDS[name].examples.splitlines():
+        options = {word.lstrip("-") for word in line.split() if word.startswith("--")}
+        assert options <= {option.name for option in fields(COMMANDS[name].settings)} | {"config", "dry_run"}, line
 
 
 @pytest.mark.parametrize("argv, message", [
     ([], "usage: sasft COMMAND"),
     (["fly"], "unknown command 'fly'"),
-    (["generate"], "--out is missing: JSONL file to write"),
+    (["talk"], "out is missing: name a JSONL file"),
     (["show"], "--file is missing"),
     (["train"], "task is missing"),
     (["train", "--task", "t", "--out", "o", "--lam", "1.5"], "lam (the share of self rows) must lie in [0, 1), got 1.5"),
     (["train", "--task", "t", "--out", "o"], "lam is 0.5, but self_data names no file"),
     (["train", "--task", "none.jsonl", "--lam", "0", "--out", "{tmp}/o"], "none.jsonl"),
-    (["generate", "--out", "{tmp}/s.jsonl", "--model", "smollm2"], "smollm2-135m-instruct"),
-    (["generate", "--out", "{tmp}/s.jsonl", "--temperature", "0"], "temperature must be > 0"),
-    (["generate", "--config"], "--config needs the name of a YAML file"),
-    (["generate", "--config", "{tmp}/none.yaml"], "none.yaml can't be read"),
-    (["generate", "--config", "{tmp}/odd.yaml"], "unknown settings: fun; there are batch_size"),
+    (["train", "--temperature", "1"], "sasft train has no option --temperature; it is an option of sasft talk"),
+    (["train", "--record_evry", "1"], "sasft train has no option --record_evry; did you mean record_every?"),
+    (["talk", "self.jsonl"], "sasft talk takes options by name, as --out ..., got 'self.jsonl' without one"),
+    (["talk", "--out", "{tmp}/s.jsonl", "--model", "smollm2"], "smollm2-135m-instruct"),
+    (["talk", "--out", "{tmp}/s.jsonl", "--temperature", "0"], "temperature must be > 0"),
+    (["talk", "--out", "{tmp}/s.jsonl", "--n", "many"], "--n: invalid int value: 'many'"),
+    (["talk", "--out", "{tmp}/s.jsonl", "--sampler", "exact", "--top_p", "0.9"], "the sampler exact has a temperature and a top_p of its "
+     "own, but top_p 0.9 is asked for as well"),
+    (["talk", "--config"], "--config: expected one argument"),
+    (["talk", "--config", "{tmp}/none.yaml"], "none.yaml can't be read"),
+    (["talk", "--config", "{tmp}/odd.yaml"], "unknown settings: fun; there are out, n"),
+    (["talk", "--config", "{tmp}/empty.yaml"], "gives n no value"),
     (["restyle", "--file", "{tmp}/t.jsonl", "--style", "baroque", "--out", "{tmp}/r.jsonl"], "telegraphic"),
     (["restyle", "--file", "{tmp}/t.jsonl", "--style", "capitals", "--out", "{tmp}/t.jsonl"], "exists already"),
 ])
 def test_bad_input_is_named_without_a_traceback(tmp_path: Path, argv, message: str, capsys: pytest.CaptureFixture) -> None:
     (tmp_path / "odd.yaml").write_text("fun: 3\n")
+    (tmp_path / "empty.yaml").write_text("n:\n")
     (tmp_path / "t.jsonl").write_text('{"prompt": "Hi", "response": "Hello there."}\n')
     assert main([a.replace("{tmp}", str(tmp_path)) for a in argv]) == 2
     assert message in capsys.readouterr().err
@@ -92,8 +120,8 @@ def test_ctrl_c_says_that_the_command_goes_on(folder: Path, capsys: pytest.Captu
     def stop(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sasft.cli, "generate", stop)
-    assert sasft_command(folder, "generate", out=folder / "self.jsonl") == 130
+    monkeypatch.setattr(sasft.cli, "talk", stop)
+    assert talk(folder) == 130
     assert "the same command goes on from there" in capsys.readouterr().err
 
 

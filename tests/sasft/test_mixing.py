@@ -77,7 +77,7 @@ def test_the_plan_on_disk_is_the_plan(tmp_path: Path) -> None:
     ({"lam": 1.0}, r"lam \(the share of self rows\) must lie in \[0, 1\), got 1.0"),
     ({"lam": -0.1}, r"must lie in \[0, 1\), got -0.1"),
     ({"lam": float("nan")}, r"must lie in \[0, 1\), got nan"),
-    ({"lam": 0.5, "self_tokens": []}, "lam is 0.5, so self rows are needed, but there are none; write some with `sasft generate`"),
+    ({"lam": 0.5, "self_tokens": []}, "lam is 0.5, so self rows are needed, but there are none; write some with `sasft talk`"),
     ({"task_tokens": []}, "there are no task rows to train on"),
     ({"steps": 0}, "steps must be at least 1, got 0"),
     ({"rows_per_step": None}, "give either rows_per_step or tokens_per_step, got None and None"),

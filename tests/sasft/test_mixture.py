@@ -30,7 +30,7 @@ def write(path: Path, rows: list[dict]) -> None:
 def settings(folder: Path, **kwargs) -> MixSettings:
     return MixSettings(**{"sources": [f"task={folder}/task.jsonl", f"self={folder}/own.jsonl",
                                       f"web={folder}/web.jsonl:prompt=q,response=a"],
-                          "shares": [2, 1, 1], "steps": 6, "rows_per_step": 8, "model": str(folder / "model"), "seed": 3,
+                          "shares": [2, 1, 1], "steps": 6, "rows_per_step": 8, "model": str(folder / "model"), "seed": 3, "hold_out": 0,
                           "out": str(folder / "mix"), **kwargs})
 
 
@@ -113,7 +113,38 @@ def test_rows_that_are_too_long_leave_the_mix_and_keep_the_others_apart(folder: 
     assert max(len(r.response) for r in read_mixture(folder / "mix").rows["task"]) < longest
 
 
+def test_rows_held_out_are_in_no_step(folder: Path) -> None:
+    report = make_mixture(settings(folder, hold_out=2))
+    mixture = read_mixture(folder / "mix")
+    for name, source in settings(folder).named().items():
+        read = read_rows(source)
+        n = min(2, len(read) // 4)
+        assert [r.id for r in mixture.held_out[name]] == [r.id for r in read[len(read) - n :]]
+        assert not {r.id for r in mixture.held_out[name]} & {r.id for r in mixture.rows[name]}
+        assert report["held_out"][name]["rows"] == n
+    with (folder / "mix" / "held_out" / "task.jsonl").open("a") as file:
+        file.write('{"prompt": "a", "response": "b"}\n')
+    with pytest.raises(UsageError, match="held_out/task.jsonl is not the file that mix.json describes"):
+        read_mixture(folder / "mix")
+
+
+def test_a_mix_whose_counts_were_edited_is_refused(folder: Path) -> None:
+    report = make_mixture(settings(folder))
+    report["loss_tokens"]["self"] += 1
+    (folder / "mix" / "mix.json").write_text(json.dumps(report))
+    with pytest.raises(UsageError, match="mix.json counts loss_tokens .*, rows.jsonl has .*; write the mix again"):
+        read_mixture(folder / "mix")
+
+
+def test_the_sampler_of_self_rows_is_kept(folder: Path) -> None:
+    own = [{"prompt": f"Go {i}", "response": "well", "sampler": {"temperature": 1.0}, "step": 99} for i in range(5)]
+    write(folder / "own.jsonl", own)
+    make_mixture(settings(folder))
+    assert all(row.meta["sampler"] == {"temperature": 1.0} for row in read_mixture(folder / "mix").rows["self"])
+
+
 @pytest.mark.parametrize("kwargs, message", [
+    ({"hold_out": -1}, "hold_out must be at least 0, got -1"),
     ({"sources": []}, "sources are missing"),
     ({"out": ""}, "out is missing"),
     ({"shares": [1, 2]}, "shares must be one number a source: got 2 for 3 sources"),

@@ -9,9 +9,10 @@ import pytest
 from sasft.data import Row
 from sasft.data_quality import QualityLimits, Spread, inspect_rows, special_tokens
 from sasft.errors import UsageError
+from sasft.languages import language_of
 from sasft.sampling import Sampler
-from sasft.selfdialogue import Writer, generate, quality
-from sasft.text_checks import is_degenerate, language_of, near_duplicates, off_template, repetition
+from sasft.selfdialogue import Writer, write_dialogues
+from sasft.text_checks import is_degenerate, near_duplicates, off_template, repetition
 from tests.sasft import tiny_chat
 
 NOUNS = "apple bridge candle desert engine forest garden harbor island jacket kettle lantern meadow needle orchard".split()
@@ -160,12 +161,12 @@ def test_the_report_on_rows_that_a_model_wrote(tmp_path: Path) -> None:
     chat = tiny_chat.chat()
     writer = Writer(model=tiny_chat.chatty(), chat=chat, precision="fp32", batch_size=8, backend="refilled",
                     provenance={"model": "chatty"}, sampler=Sampler(temperature=1, top_p=1, max_new_tokens=12))
-    rows = generate(writer, 30, tmp_path / "self.jsonl", max_user_tokens=30, progress=False)
-    report, first_look = inspect_rows(rows, chat), quality(rows)
-    assert report.measures["unfinished"] == pytest.approx(1 - first_look["finished"])
-    assert report.measures["duplicate_prompts"] == pytest.approx(1 - first_look["distinct_prompts"])
-    assert report.measures["nats_per_token"] == pytest.approx(first_look["entropy_nats"])
-    assert report.tokens.mean == pytest.approx(first_look["tokens"]) and report.unit == "tokens"
+    rows = write_dialogues(writer, 30, tmp_path / "self.jsonl", max_user_tokens=30, progress=False)
+    report, logprobs = inspect_rows(rows, chat), [lp for r in rows for lp in r.meta["logprobs"]]
+    assert report.measures["unfinished"] == sum(not r.finished for r in rows) / 30
+    assert report.measures["duplicate_prompts"] == pytest.approx(1 - len({r.prompt[-1]["content"] for r in rows}) / 30)
+    assert report.measures["nats_per_token"] == pytest.approx(-sum(logprobs) / len(logprobs))
+    assert report.tokens.mean == pytest.approx(sum(len(r.response_ids) for r in rows) / 30) and report.unit == "tokens"
     assert sum(report.languages.values()) == pytest.approx(1)
     assert "unfinished" in str(report) and report.as_dict()["measures"] == report.measures
 

@@ -9,7 +9,7 @@ import torch
 from sasft.data import read_rows
 from sasft.errors import UsageError
 from sasft.sampling import Sampler
-from sasft.selfdialogue import SINGLE_TURN, Dialogues, Writer, answer, answer_until, generate, quality
+from sasft.selfdialogue import SINGLE_TURN, Dialogues, Writer, answer, answer_until, write_dialogues
 from tests.sasft import tiny_chat
 
 
@@ -20,7 +20,7 @@ def writer(seed: int = 0, batch_size: int = 4, backend: str = "padded", **sample
 
 
 def make(out: Path, n: int = 20, seed: int = 0, dialogues: Dialogues = SINGLE_TURN, shard=(0, 1), **kwargs) -> list:
-    return generate(writer(**kwargs), n, out, seed=seed, max_user_tokens=30, dialogues=dialogues, shard=shard, progress=False)
+    return write_dialogues(writer(**kwargs), n, out, seed=seed, max_user_tokens=30, dialogues=dialogues, shard=shard, progress=False)
 
 
 def lines(path: Path) -> list[str]:
@@ -43,7 +43,7 @@ def test_a_row_says_where_it_comes_from(tmp_path: Path) -> None:
 
 def test_log_probabilities_are_those_of_the_base_in_its_template(tmp_path: Path) -> None:
     w = writer()
-    for row in generate(w, 5, tmp_path / "self.jsonl", max_user_tokens=30, progress=False):
+    for row in write_dialogues(w, 5, tmp_path / "self.jsonl", max_user_tokens=30, progress=False):
         prompt = w.chat.prompt_ids(row.prompt)
         said = [*row.response_ids, w.chat.end_of_turn] if row.finished else list(row.response_ids)
         with torch.no_grad():
@@ -105,7 +105,7 @@ def test_rows_of_another_run_are_not_mixed_in(tmp_path: Path, other, named: str)
     out = tmp_path / "self.jsonl"
     make(out, n=4)
     with pytest.raises(UsageError, match=f"holds rows of another run .*{named}.*name another file"):
-        generate(writer(**other), 8, out, progress=False)
+        write_dialogues(writer(**other), 8, out, progress=False)
 
 
 def test_no_rows_is_no_request(tmp_path: Path) -> None:
@@ -195,7 +195,7 @@ def test_the_topic_is_named_to_the_user_s_side_alone(tmp_path: Path, monkeypatch
 
 def test_answers_to_later_turns_have_the_log_probabilities_of_their_rows(tmp_path: Path) -> None:
     w, compared = writer(), 0
-    for row in generate(w, 6, tmp_path / "self.jsonl", max_user_tokens=30, dialogues=Dialogues(turns=2), progress=False):
+    for row in write_dialogues(w, 6, tmp_path / "self.jsonl", max_user_tokens=30, dialogues=Dialogues(turns=2), progress=False):
         encoded = w.chat.encode(row.prompt, row.response_ids, finished=row.finished)
         with torch.no_grad():
             log_p = torch.log_softmax(w.model(torch.tensor([encoded.input_ids])).logits[0], -1)
@@ -290,12 +290,3 @@ def test_what_is_never_accepted_is_missing(tmp_path: Path) -> None:
     shown = {key: (text, text) for key, text in PROMPTS.items()}
     assert answer_until(writer(), shown, lambda key, row: key == "a", tmp_path / "u.jsonl", source="x", tries=2,
                         progress=False)[0].id == "a/0"
-
-
-def test_quality_counts(tmp_path: Path) -> None:
-    rows = make(tmp_path / "self.jsonl", n=20)
-    q = quality(rows)
-    assert q["rows"] == 20 and q["finished"] == sum(r.finished for r in rows) / 20
-    assert q["distinct_prompts"] == len({r.prompt[-1]["content"] for r in rows}) / 20
-    logprobs = [lp for r in rows for lp in r.meta["logprobs"]]
-    assert q["entropy_nats"] == pytest.approx(-sum(logprobs) / len(logprobs))

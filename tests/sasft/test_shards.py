@@ -13,8 +13,8 @@ from torch.multiprocessing import spawn
 from sasft.data import read_rows
 from sasft.errors import UsageError
 from sasft.sampling import EXACT
-from sasft.selfdialogue import Dialogues, generate
-from sasft.shards import generate_in_parallel, merge_shards, shard_path
+from sasft.selfdialogue import Dialogues, write_dialogues
+from sasft.shards import merge_shards, shard_path, write_in_parallel
 from sasft.writing import Writer
 from tests.sasft import tiny_chat
 
@@ -28,8 +28,8 @@ def writer(**kwargs) -> Writer:
 
 def write(folder: Path, shards: int = 2, n: int = 8, seed: int = 0) -> Path:
     for index in range(shards):
-        generate(writer(), n, shard_path(folder / "self.jsonl", index, shards), seed=seed, max_user_tokens=30,
-                 shard=(index, shards), progress=False)
+        write_dialogues(writer(), n, shard_path(folder / "self.jsonl", index, shards), seed=seed, max_user_tokens=30,
+                        shard=(index, shards), progress=False)
     return folder / "self.jsonl"
 
 
@@ -89,7 +89,7 @@ def test_rows_that_say_the_same_are_told_of(tmp_path: Path, caplog: pytest.LogCa
 def _work(rank: int, folder: str, port: int) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
     torch.set_num_threads(1)
-    rows = generate_in_parallel(writer(), 10, Path(folder) / "self.jsonl", max_user_tokens=30, dialogues=TWO_TURNS,
+    rows = write_in_parallel(writer(), 10, Path(folder) / "self.jsonl", max_user_tokens=30, dialogues=TWO_TURNS,
                                 progress=False)
     (Path(folder) / f"{rank}.json").write_text(json.dumps([row.id for row in rows]))
     dist.destroy_process_group()
@@ -102,12 +102,12 @@ def test_two_processes_write_one_file(tmp_path: Path) -> None:
         assert json.loads((tmp_path / f"{rank}.json").read_text()) == [row.id for row in read_rows(tmp_path / "self.jsonl")]
     rows = {row.id: row for row in read_rows(tmp_path / "self.jsonl")}
     assert sum("." not in key for key in rows) == 10 and any("." in key for key in rows)
-    alone = {row.id: row for row in generate(writer(), 20, tmp_path / "alone.jsonl", max_user_tokens=30, dialogues=TWO_TURNS,
+    alone = {row.id: row for row in write_dialogues(writer(), 20, tmp_path / "alone.jsonl", max_user_tokens=30, dialogues=TWO_TURNS,
                                              progress=False)}
     assert all(row.response_ids == alone[key].response_ids for key, row in rows.items())
 
 
 def test_one_process_needs_no_shards(tmp_path: Path) -> None:
-    rows = generate_in_parallel(writer(), 6, tmp_path / "self.jsonl", max_user_tokens=30, progress=False)
+    rows = write_in_parallel(writer(), 6, tmp_path / "self.jsonl", max_user_tokens=30, progress=False)
     assert [p.name for p in tmp_path.iterdir()] == ["self.jsonl"]
     assert rows == sorted(read_rows(tmp_path / "self.jsonl"), key=lambda row: row.id) and len(rows) == 6

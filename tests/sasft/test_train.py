@@ -256,7 +256,7 @@ def test_rows_too_long_are_counted_and_refused_or_treated_as_chosen(folder: Path
 
 @pytest.mark.parametrize("kwargs, message", [
     ({"lam": 1.0}, r"lam \(the share of self rows\) must lie in \[0, 1\), got 1.0"),
-    ({"lam": 0.5, "self_data": None}, "lam is 0.5, but self_data names no file; write self-dialogues with `sasft generate`"),
+    ({"lam": 0.5, "self_data": None}, "lam is 0.5, but self_data names no file; write self-dialogues with `sasft talk`"),
     ({"task": ""}, "task is missing"),
     ({"out": ""}, "out is missing"),
     ({"lr": 0.0}, "lr must be > 0, got 0.0"),

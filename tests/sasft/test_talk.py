@@ -1,0 +1,115 @@
+"""Self-dialogues from settings: what is written, what is chosen, what is refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import sasft.talk
+from sasft.data import Row, read_rows
+from sasft.errors import UsageError
+from sasft.filters import NAMED, BreaksScoreIdentity, named_filter
+from sasft.sampling import EXACT, PAPER
+from sasft.talk import TalkSettings, make_writer, talk
+from tests.sasft import tiny_chat
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_chat.save_chatty(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def settings(model: Path, tmp_path: Path):
+    def make(**kwargs) -> TalkSettings:
+        return TalkSettings(**{"model": str(model), "out": str(tmp_path / "self.jsonl"), "n": 12, "max_new_tokens": 12, "precision": "fp32",
+                               "max_user_tokens": 30, "batch_size": 4, **kwargs})
+    return make
+
+
+def test_all_rows_are_written_and_only_the_kept_are_to_be_trained_on(settings, tmp_path: Path) -> None:
+    with pytest.warns(BreaksScoreIdentity, match="finished answers"):
+        done = talk(settings(filters=["finished", "answer_tokens=2-9"], max_new_tokens=6))
+    written, kept = read_rows(tmp_path / "self.jsonl"), read_rows(tmp_path / "self.kept.jsonl")
+    assert done.path == tmp_path / "self.kept.jsonl" and len(written) == 12
+    assert kept == [row for row in sorted(written, key=lambda row: row.id) if row.finished and 2 <= len(row.response_ids) <= 9]
+    assert 0 < len(kept) < 12
+    assert done.quality.rows == len(kept) and done.quality.measures["unfinished"] == 0
+    told = json.loads((tmp_path / "self.quality.json").read_text())
+    assert told["file"] == "self.kept.jsonl" and told["filters"]["rows"] == 12 and told["quality"]["rows"] == len(kept)
+    before = (tmp_path / "self.jsonl").read_bytes()
+    assert talk(settings(max_new_tokens=6)).path == tmp_path / "self.jsonl"  # other filters write nothing anew
+    assert (tmp_path / "self.jsonl").read_bytes() == before
+
+
+def test_topics_systems_and_turns_come_from_files(settings, tmp_path: Path) -> None:
+    (tmp_path / "topics.txt").write_text("bees\n\n  rivers \n")
+    (tmp_path / "systems.txt").write_text("Be brief.\n")
+    talk(settings(topics=str(tmp_path / "topics.txt"), systems=str(tmp_path / "systems.txt"), turns=2))
+    rows = read_rows(tmp_path / "self.jsonl")
+    assert {row.meta["topic"] for row in rows} == {"bees", "rivers"} and rows[0].prompt[0]["content"] == "Be brief."
+    assert any(len(row.prompt) == 4 for row in rows)
+
+
+def test_a_topic_is_dropped_and_what_is_left_of_it_told(settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("sklearn")
+    sums = [f"What is {i} + {i + 1}?" for i in range(20)]
+    others = [f"Who lives in the {a} by the {b}?" for a in ("house", "garden", "forest", "city") for b in ("sea", "road", "hill", "lake", "inn")]
+    rows = [Row(str(i), "self", ({"role": "user", "content": text},), "Let me see.", (5, 6)) for i, text in enumerate([*sums, *others])]
+    monkeypatch.setattr(sasft.talk, "write_in_parallel", lambda *args, **kwargs: rows)
+    with pytest.warns(BreaksScoreIdentity, match="the ablation of mathematics"):
+        done = talk(settings(ablate=["mathematics"]))
+    assert [row.prompt[0]["content"] for row in read_rows(done.path)] == others
+    assert done.ablations[0].dropped == 20 and "mathematics: 20 of 40 rows dropped" in str(done)
+    assert done.quality.topics["mathematics"] == 0
+
+
+def test_bad_data_is_refused_and_stays_on_disk(settings, tmp_path: Path) -> None:
+    done = talk(settings(limits=["foreign=none", "nats_per_token=0.5"]))
+    with pytest.raises(UsageError, match=f"nats_per_token is .*, above the limit 0.5.*The rows stay in {tmp_path / 'self.jsonl'}"):
+        done.check()
+    assert len(read_rows(tmp_path / "self.jsonl")) == 12
+    assert json.loads((tmp_path / "self.quality.json").read_text())["limits"]["nats_per_token"] == 0.5
+
+
+def test_samplers(settings) -> None:
+    def drawn(**kwargs) -> tuple[float, float]:
+        sampler = settings(**kwargs).draws()
+        return sampler.temperature, sampler.top_p
+
+    assert drawn() == drawn(sampler="paper") == (PAPER.temperature, PAPER.top_p)
+    assert drawn(sampler="exact") == (EXACT.temperature, EXACT.top_p)
+    assert drawn(temperature=0.5) == (0.5, PAPER.top_p) and drawn(temperature=1.0, top_p=1.0) == (1, 1)
+
+
+def test_the_writer_is_the_model_as_training_has_it(settings) -> None:
+    writer = make_writer(settings(backend="padded"))
+    assert writer.identity()["batch_size"] == 4 and writer.backend == "padded" and writer.precision == "fp32"
+    assert writer.provenance["weights_sha256"]
+
+
+@pytest.mark.parametrize("kwargs, message", [
+    ({"out": ""}, "out is missing"),
+    ({"n": 0}, "n must be at least 1, got 0"),
+    ({"sampler": "exact", "temperature": 0.7}, "the sampler exact has a temperature .* temperature 0.7 is asked for"),
+    ({"filters": ["clean"]}, "there is no filter 'clean'; there are: distinct: prompts"),
+    ({"filters": ["prompt_words"]}, "the filter prompt_words can't take no value; it keeps =LEAST-MOST words"),
+    ({"filters": ["prompt_words=few"]}, "can't take 'few'"),
+    ({"filters": ["finished=yes"]}, "the filter finished is given 'finished=yes'"),
+    ({"filters": ["random=0"]}, r"n \(rows to keep\) must be at least 1"),
+    ({"ablate": ["sports"]}, "there is no topic 'sports' to ablate; there are mathematics"),
+    ({"ablate_reads": "prompt"}, "ablate names none"),
+    ({"limits": ["badness=1"]}, "limits name 'badness', which is none; there are unfinished"),
+    ({"limits": ["empty"]}, "limits are given as NAME=VALUE"),
+    ({"topics": "none.txt"}, "topics none.txt can't be read as UTF-8 text"),
+    ({"turns": 0}, "turns must be at least 1"),
+])
+def test_contradictory_settings_are_refused(settings, kwargs, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        settings(**kwargs)
+
+
+def test_every_filter_has_a_name() -> None:
+    values = {"prompt_words": "=1-9", "answer_tokens": "=1-9", "random": "=3"}
+    breaking = [name for name in NAMED if named_filter(name + values.get(name, "")).breaks_f1]
+    assert breaking == list(NAMED)[5:]
