@@ -160,6 +160,15 @@ def gradient_gram(model: nn.Module, batch: Batch, *, forward: Forward = logits_o
     The model is put in eval mode (no dropout, no activation checkpointing) meanwhile; ``.grad`` is untouched. Products run in
     float32 (float64 models: float64), sums over parameters in float64. Memory: an ordinary pass, and the inputs and
     output gradients of weights that are used more than once.
+
+    Raises ``ValueError`` for batches that do not go together (:func:`drift.forward.check_batch`), wrong ``rows``, and models with nothing
+    trainable; ``FloatingPointError``, naming the parameters, for weights or gradients that are not finite.
+
+    >>> model = nn.Sequential(nn.Embedding(3, 2), nn.Linear(2, 3))
+    >>> ids = torch.tensor([[0, 1, 2], [2, 1, 0]])
+    >>> found = gradient_gram(model, {"input_ids": ids, "labels": ids}, forward=lambda m, b: m(b["input_ids"]))
+    >>> list(found.per_parameter), found.total().shape, found.coverage
+    (['0.weight', '1.weight', '1.bias'], (2, 2), 1.0)
     """
     trained = trainable(model)
     batch = on_device(batch, next(iter(trained.values())).device)
@@ -224,6 +233,12 @@ class AlignmentProbe:
 
     ``align/inner``, ``align/cos`` (corrected for noise), ``align/raw_cos`` for every pair; ``grad/norm2`` (unbiased squared norm of
     the expected gradient) and ``grad/coherence`` for every source. See the functions of this module for what each estimates.
+
+    >>> ids = torch.tensor([[0, 1, 2], [2, 1, 0], [1, 1, 2]])
+    >>> batch = {"input_ids": ids, "labels": ids}
+    >>> probe = AlignmentProbe("align", {"task": [batch], "self": [batch]}, forward=lambda m, b: m(b["input_ids"]))
+    >>> [(row.metric, row.source) for row in probe.rows(nn.Embedding(3, 3), step=0)][-3:]
+    [('align/inner', 'task|self'), ('align/cos', 'task|self'), ('align/raw_cos', 'task|self')]
     """
 
     def __init__(self, name: str, sources: Mapping[str, Sequence[Batch]], *, forward: Forward = logits_of,

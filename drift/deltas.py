@@ -222,6 +222,39 @@ class ResidualDelta:
 
 
 @dataclass(frozen=True)
+class StackedDelta:
+    """Changes of the E matrices that are stacked in one weight [E, m, n] (mixtures of experts), one each; a stack has no directions of its own."""
+
+    parts: tuple[FactoredDelta | ResidualDelta, ...]
+
+    @property
+    def numel(self) -> int:
+        return sum(part.numel for part in self.parts)
+
+    def squared(self) -> Tensor:
+        return torch.stack([part.squared() for part in self.parts]).sum()
+
+    def with_base(self) -> Tensor:
+        return torch.stack([part.with_base() for part in self.parts]).sum()
+
+    def base_squared(self) -> Tensor:
+        return torch.stack([part.base_squared() for part in self.parts]).sum()
+
+    def max_abs(self) -> Tensor:
+        return torch.stack([part.max_abs() for part in self.parts]).max()
+
+    def rows(self) -> Iterator[tuple[slice, Tensor]]:
+        for expert, part in enumerate(self.parts):
+            yield slice(expert, expert + 1), part.formed().unsqueeze(0)
+
+    def formed(self) -> Tensor:
+        return torch.stack([part.formed() for part in self.parts])
+
+    def base(self) -> Tensor:
+        return torch.stack([part.base() for part in self.parts])
+
+
+@dataclass(frozen=True)
 class DoraDelta:
     r"""DoRA's weight :math:`\operatorname{diag}(m/\lVert V\rVert_{row})\,V`, :math:`V = W_0 + BA`, against its start :math:`\operatorname{diag}(c_0)\,W_0`.
 

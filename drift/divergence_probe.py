@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from drift.adapters import adapters_disabled, has_adapters
 from drift.divergence import METRICS, Logits, Projected, RowDivergences, TokenDivergences, token_divergences
-from drift.forward import IGNORE, Batch, Forward, check_batch, counted, device_of, headless, logits_of, on_device
+from drift.forward import Batch, Forward, check_batch, counted, device_of, headless, logits_of, on_device
 from drift.modes import measuring
 from drift.names import parameters
 from drift.numerics import at_least_fp32, check_finite
@@ -43,6 +43,16 @@ class DivergenceProbe:
     (N·d numbers for N positions of width d), and logits exist for 128 positions at a time, in float32 also where the model runs in
     bfloat16; of any other, its logits (4·N·V bytes).
     ``forward(model, batch)`` returns logits [B, T, V]; the default calls a Hugging Face model.
+
+    Raises ``ValueError`` for batches that do not go together (:func:`drift.forward.check_batch`) and a file of other batches, ``FileNotFoundError`` for a
+    path that is not there; at measuring ``FloatingPointError``, naming the parameters, for weights that are not finite.
+
+    >>> model, ids = nn.Embedding(2, 2), torch.tensor([[0, 1, 1]])
+    >>> probe = DivergenceProbe("held-out", [{"input_ids": ids, "labels": ids}], forward=lambda m, b: m(b["input_ids"]))
+    >>> _ = nn.init.zeros_(model.weight)
+    >>> probe.prepare(model, Reference.snapshot(model))
+    >>> {row.metric: round(row.value, 4) for row in probe.rows(model, step=0)}["ppl/base"]  # two words, as likely
+    2.0
     """
 
     def __init__(self, name: str, batches: Sequence[Batch], *, base: Base = None, forward: Forward = logits_of,
@@ -51,9 +61,10 @@ class DivergenceProbe:
             raise ValueError(f"probe {name!r}: batches is empty; give at least one batch with labels")
         self.name, self.batches, self.forward, self.every = name, list(batches), forward, every
         for i, batch in enumerate(self.batches):
-            check_batch(batch)
-            if not bool((batch["labels"][:, 1:] != IGNORE).any()):
-                raise ValueError(f"probe {name!r}: no label differs from -100 in batch {i}, so there is no position to measure")
+            try:
+                check_batch(batch)
+            except ValueError as error:
+                raise ValueError(f"probe {name!r}, batch {i}: {error}") from None
         if isinstance(base, Path | str) and base != NO_ADAPTERS:
             base = _opened(Path(base), self.batches, name)
         self.base = base

@@ -67,6 +67,12 @@ def rank_one(model: nn.Module, batches: Iterable[Batch], *, samples: int = 1, se
     """:class:`RankOne` of every matrix from the "sequence" estimator of :func:`diagonal`, whose row and column sums it keeps: unbiased for those.
 
     The diagonal itself is never in memory. Vectors and stacks of experts are listed in ``missing``.
+
+    >>> model = nn.Sequential(nn.Embedding(3, 2), nn.Linear(2, 3))
+    >>> batch = {"input_ids": torch.tensor([[0, 1, 2]]), "labels": torch.tensor([[0, 1, 2]])}
+    >>> found = rank_one(model, [batch], forward=lambda m, b: m(b["input_ids"]))
+    >>> sorted((name, len(u), len(v)) for name, (u, v) in found.factors.items()), found.missing
+    ([('0.weight', 3, 2), ('1.weight', 3, 2)], ('1.bias',))
     """
     collector = Margins({n: shape for n, shape in _shapes(model).items() if len(shape) == 2})
     rows, missing = _collect(model, batches, collector, samples, seed, forward)
@@ -82,6 +88,12 @@ def kfac(model: nn.Module, batches: Iterable[Batch], *, samples: int = 1, seed: 
     """:class:`KroneckerFactored` of linear layers used once a pass, both of whose sides are at most ``largest_side``.
 
     Others (heads of large vocabularies, embeddings, norms) are listed in ``missing``. Memory: m² + n² numbers a layer.
+
+    >>> model = nn.Sequential(nn.Embedding(3, 2), nn.Linear(2, 3))
+    >>> batch = {"input_ids": torch.tensor([[0, 1, 2]]), "labels": torch.tensor([[0, 1, 2]])}
+    >>> found = kfac(model, [batch], forward=lambda m, b: m(b["input_ids"]))
+    >>> {name: (tuple(s.shape), tuple(a.shape)) for name, (s, a) in found.factors.items()}
+    {'1.weight': ((3, 3), (2, 2))}
     """
     small = {n for n, shape in _shapes(model).items() if len(shape) == 2 and max(shape) <= largest_side}
     collector = Factors(small)
@@ -132,7 +144,13 @@ def product(model: nn.Module, batches: Iterable[Batch], vector: Vector, *, forwa
 
     :math:`F=\frac1R\sum_{x,t}J_t^\top(\operatorname{diag}p_t-p_tp_t^\top)J_t` with the Jacobian J of the logits (the Gauss-Newton matrix of
     cross-entropy): one forward and three backward passes a batch. ``vector``: canonical name → tensor of the parameter's shape.
-    No sampling error; exact to the precision of the model's type.
+    No sampling error; exact to the precision of the model's type. Raises ``ValueError`` for names or shapes that the model has not.
+
+    >>> model = nn.Sequential(nn.Embedding(3, 2), nn.Linear(2, 3))
+    >>> batch = {"input_ids": torch.tensor([[0, 1, 2]]), "labels": torch.tensor([[0, 1, 2]])}
+    >>> along = {"1.bias": torch.ones(3)}  # the same added to all logits changes no prediction
+    >>> bool(product(model, [batch], along, forward=lambda m, b: m(b["input_ids"]))["1.bias"].abs().max() < 1e-6)
+    True
     """
     found: dict[str, Tensor] = {n: torch.zeros_like(v) for n, v in vector.items()}
     n_rows = 0
@@ -145,7 +163,14 @@ def product(model: nn.Module, batches: Iterable[Batch], vector: Vector, *, forwa
 
 
 def quadratic(model: nn.Module, batches: Iterable[Batch], vector: Vector, *, forward: Forward = logits_of) -> float:
-    r""":math:`v^\top Fv=\frac1R\sum_{x,t}\operatorname{Var}_{y\sim p_t}[(J_tv)_y]`, exact as :func:`product` and a pass cheaper."""
+    r""":math:`v^\top Fv=\frac1R\sum_{x,t}\operatorname{Var}_{y\sim p_t}[(J_tv)_y]`, exact as :func:`product` and a pass cheaper.
+
+    >>> model, ids = nn.Embedding(2, 2), torch.tensor([[0, 1]])
+    >>> _ = nn.init.zeros_(model.weight)
+    >>> along = {"weight": torch.tensor([[2.0, 0.0], [0.0, 0.0]])}  # the logit of one of two words that are as likely
+    >>> quadratic(model, [{"input_ids": ids, "labels": ids}], along, forward=lambda m, b: m(b["input_ids"]))  # variance of 0 and 2
+    1.0
+    """
     total, n_rows = 0.0, 0
     for log_p, jv, _, rows in _pushed(model, batches, vector, forward):
         p = log_p.detach().exp()
@@ -216,7 +241,14 @@ def weighted_drift(fisher: Fisher, model: Side, base: Side) -> list[WeightedDrif
 
     ``fisher``: at the base, from rows of what is not to be forgotten. ``model``, ``base`` as for :func:`drift.parameter_drift`; LoRA from its
     factors. The sum over parameters leaves out products between parameters (F is taken as block-diagonal), and with :class:`Diagonal` those
-    within one as well: an approximation to the KL, not a bound. :func:`quadratic` has them all.
+    within one as well: an approximation to the KL, not a bound. :func:`quadratic` has them all. Raises ``ValueError`` if ``fisher`` is of another model.
+
+    >>> model = nn.Linear(2, 1, bias=False)
+    >>> base = Reference.snapshot(model)
+    >>> model.weight.data += torch.tensor([[1.0, 3.0]])
+    >>> [found] = weighted_drift(Diagonal({"weight": torch.tensor([[4.0, 0.0]])}, rows=1), model, base)
+    >>> found.name, round(found.value, 5)  # ½ (4 · 1² + 0 · 3²)
+    ('weight', 2.0)
     """
     known = set(fisher.values if isinstance(fisher, Diagonal) else fisher.factors)
     found = {name: delta for name, delta in deltas(model, base) if name in known}
@@ -255,6 +287,14 @@ def restoring_force(model: nn.Module, base: Side, batches: Sequence[Batch], *, f
     but the noise of the labels that were drawn, and most of that is shared. What is left of it blurs all three of slope, slope along the drift
     and cosine with few rows; F itself sums over labels. Cost a batch: two ordinary passes and one Fisher-vector product; memory: five
     vectors of the trainable parameters. ``base`` as for :func:`drift.parameter_drift`; it must hold all that is trained (LoRA: a snapshot).
+
+    >>> model, ids = nn.Embedding(2, 2), torch.tensor([[0, 0], [0, 1]])  # rows of a base to which both words are as likely
+    >>> _ = nn.init.zeros_(model.weight)
+    >>> base = Reference.snapshot(model)
+    >>> model.weight.data[0, 0] += 0.01
+    >>> found = restoring_force(model, base, [{"input_ids": ids, "labels": ids}], forward=lambda m, b: m(b["input_ids"]))
+    >>> round(found.slope, 3), round(found.slope_along_drift, 3), round(found.drift, 3)
+    (1.0, 1.0, 0.01)
     """
     mine, base = trainable(model), Reference.of(base)
     delta = {n: p.detach() - base.get(n).to(p.device) for n, p in mine.items()}

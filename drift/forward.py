@@ -38,7 +38,11 @@ def logits_of(model: nn.Module, batch: Batch, columns: Tensor | None = None) -> 
 
 
 def check_batch(batch: Batch) -> None:
-    """Raise ``ValueError`` unless ``labels`` are whole numbers [B, T], and ids, mask and positions, where there are any, go with them."""
+    """Raise ``ValueError`` unless ``labels`` are whole numbers [B, T] that count in every row, and ids, mask and positions, where there are any, go with
+    them.
+
+    A row without a label that counts has no gradient and no prediction to measure, and would still weigh in means over rows.
+    """
     if not isinstance(batch, Mapping):
         raise ValueError(f"a batch must be a dictionary of tensors, got {type(batch).__name__} (where batches are asked for, give a list of them)")
     labels = batch.get("labels")
@@ -49,6 +53,10 @@ def check_batch(batch: Batch) -> None:
         tensor = batch.get(key)
         if isinstance(tensor, Tensor) and tensor.dim() == 2 and tensor.shape != labels.shape and not (key == "position_ids" and len(tensor) == 1):
             raise ValueError(f"{key} and labels must have one shape [B, T], got {list(tensor.shape)} and {list(labels.shape)}")
+    hidden = (labels[:, 1:] == IGNORE).all(1).nonzero().flatten().tolist()
+    if hidden:
+        which = "no label differs" if len(hidden) == len(labels) else f"no label of row {', '.join(map(str, hidden[:5]))} differs"
+        raise ValueError(f"{which} from -100 (the first of a row is predicted by nothing), so there is no position to measure; leave such rows out")
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -31,7 +31,7 @@ class UseCollector:
         self._expected: Counter[str] = Counter()
         self._uses: dict[str, list[Use]] = {}
 
-    def expect(self, name: str, ids: Tensor | None) -> None:
+    def expect(self, name: str, parameter: Tensor, ids: Tensor | None) -> None:
         self._expected[name] += 1
 
     def collect(self, name: str, use: Use) -> None:
@@ -117,7 +117,7 @@ class Interceptor:
         def tap(parameter: Tensor, lead: tuple[int, ...], ids: Tensor | None) -> Tap | None:
             name = own.get(id(parameter))
             split = None if name is None or groups is None else groups.split(lead)
-            return None if split is None else Tap(self.collector, name, split).announce(ids)
+            return None if split is None else Tap(self.collector, name, split).announce(parameter, ids)
 
         if isinstance(module, nn.Embedding) and groups is not None and args:
             args = (_own_positions(args[0], groups), *args[1:])
@@ -135,7 +135,7 @@ class Interceptor:
         if split is None or not self._trial(module, forward, args, kwargs, lambda: self._run_with(
                 module, {n: p.view(*(1 for _ in lead), -1).expand(*lead, -1) for n, p in own.items()}, forward, args, kwargs)):
             return forward(*args, **kwargs)
-        spread = {n: Spread.apply(p, lead, Tap(self.collector, names[n], split).announce()) for n, p in own.items()}
+        spread = {n: Spread.apply(p, lead, Tap(self.collector, names[n], split).announce(p)) for n, p in own.items()}
         return self._run_with(module, spread, forward, args, kwargs)
 
     def _forked(self, forward, module, names, args, kwargs):
@@ -153,7 +153,7 @@ class Interceptor:
 
         if not self._trial(module, forward, args, kwargs, lambda: run(lambda g: {})):
             return forward(*args, **kwargs)
-        forks = {n: Fork.apply(p, groups.n, Tap(self.collector, names[n], split).announce()) for n, p in own.items()}
+        forks = {n: Fork.apply(p, groups.n, Tap(self.collector, names[n], split).announce(p)) for n, p in own.items()}
         return run(lambda g: {n: fork[g] for n, fork in forks.items()})
 
     def _trial(self, module, forward, args, kwargs, other: Callable[[], Any]) -> bool:

@@ -5,8 +5,9 @@ import re
 from torch import nn
 
 # What DDP, torch.compile, FSDP, checkpoint wrappers and PEFT put into parameter names.
-_WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_layer|original_module|modules_to_save\.[^.]+"
-                       r"|token_adapter)(?=\.|$)")
+# PEFT nests LoRA on two parameters of one module (stacked experts): the inner factors keep their base_layer, which tells them apart.
+_WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_layer(?!(\.base_layer)*\.lora_)|original_module"
+                       r"|modules_to_save\.[^.]+|token_adapter)(?=\.|$)")
 _PREFIXES = re.compile(r"^(module\.|base_model\.model\.)+")
 
 
@@ -39,7 +40,11 @@ def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     >>> model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2, bias=False))
     >>> list(parameters(model))
     ['0.weight', '0.bias', '1.weight']
+
+    Raises ``TypeError`` for what is no module, ``ValueError`` if two parameters come to one name.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     found: dict[str, nn.Parameter] = {}
     named = list(model.named_parameters())
     copies = {canonical_name(name): name for name, p in sorted(named, key=lambda x: x[1].requires_grad) if ".modules_to_save." in f".{name}"}

@@ -11,7 +11,7 @@ from typing import Any, Protocol, Self, runtime_checkable
 import pyarrow as pa
 from torch import nn
 
-from drift.names import parameters
+from drift.names import parameters, trainable
 from drift.reference import Reference
 from drift.schedules import Schedule, schedule
 from drift.table import Row, Table, write_meta
@@ -61,6 +61,9 @@ def record(model: nn.Module, out: Path | str | None = None, *, every: int | Sche
     ``config``: anything worth keeping in meta.json. ``start_step``: the step that a resumed run goes on from; later recordings in ``out`` are
     dropped, earlier ones kept. θ₀ must then be given. ``overwrite``: replace a former run's recordings in ``out``.
 
+    Raises ``TypeError`` if ``model`` or ``probes`` are none, ``ValueError`` for frozen models, unknown metrics, names of probes that are equal, or a
+    ``reference`` that does not match (at entering), ``FileExistsError`` if ``out`` holds another run's recordings, ``OSError`` if it can't be written.
+
     Under torch.distributed every process must record; the first writes. Sharded parameters (FSDP2) are gathered one at a time.
     Cost of a recording: one read of θ and θ₀, plus the probes; :attr:`Recorder.overhead` says what it came to in seconds.
 
@@ -93,6 +96,7 @@ class Recorder:
             raise ValueError(f"reference is missing: at start_step={start_step} the model has left θ₀, so it can't be taken "
                              "from it; give Reference.snapshot(model) made before training, or "
                              "Reference.open(the base model's folder)")
+        trainable(model)  # refuses frozen models, and what is no model
         check_metrics(metrics, [*METRICS, UPDATE])
         if not isinstance(probes, Sequence) or isinstance(probes, str):
             raise TypeError(f"probes must be a list of probes, got {type(probes).__name__}")

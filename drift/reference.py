@@ -94,6 +94,8 @@ class Reference:
         """A reference as it is; a model's live weights; the files of a path."""
         if isinstance(source, Reference):
             return source
+        if not isinstance(source, nn.Module | Path | str):
+            raise TypeError(f"a side of a drift must be a model, a Reference, or the path of a file or a folder, got {type(source).__name__}")
         return cls.live(source) if isinstance(source, nn.Module) else cls.open(source)
 
     def __contains__(self, name: str) -> bool:
@@ -209,9 +211,11 @@ def _stored_adapters(names: Mapping[str, Any], factors: Reference, config: Mappi
     """The adapters of a PEFT folder: their factors, and their scaling by PEFT's rules."""
     if config.get("peft_type") != "LORA":
         raise NotImplementedError(f"{factors.source}: adapter_config.json says {config.get('peft_type')!r}; only LORA is covered")
-    for setting in ("target_parameters", "lora_bias"):
-        if config.get(setting):
-            raise NotImplementedError(f"{factors.source}: adapter_config.json has {setting}={config[setting]}, which is not covered")
+    if config.get("lora_bias"):
+        raise NotImplementedError(f"{factors.source}: adapter_config.json has lora_bias={config['lora_bias']}, which is not covered")
+    if config.get("target_parameters"):
+        raise NotImplementedError(f"{factors.source}: adapter_config.json has target_parameters={config['target_parameters']}, and its files don't say "
+                                  "which factors are of which parameter and expert; load the adapter into its model with PEFT, and give that")
     for name_a in sorted(names):
         match = re.fullmatch(r"(.+)\.(lora_A|lora_embedding_A)(\.weight)?", name_a)
         if match is None:

@@ -40,7 +40,6 @@ class Sketches:
             raise ValueError(f"no parameter matches layer={layer}, module={module!r}; there are {list(self.columns)[:4]}, ...")
         return np.concatenate([self.values[:, c] for c in chosen], axis=1)
 
-
     def common(self, other: "Sketches") -> tuple["Sketches", "Sketches"]:
         """This and the other one by the same Sketch, cut down to the parameters that both have, in one order.
 
@@ -82,7 +81,14 @@ class Sketch:
         return math.sqrt(2 * (1 / self.p + 1 / self.q) + 4 / (self.p * self.q))
 
     def gradients(self, model: nn.Module, batch: Batch, *, forward: Forward = logits_of) -> Sketches:
-        """Sketches of the rows' gradients, of summed NLL as for :func:`drift.gradient_gram`, in one forward and one backward pass."""
+        """Sketches of the rows' gradients, of summed NLL as for :func:`drift.gradient_gram`, in one forward and one backward pass.
+
+        >>> model = nn.Sequential(nn.Embedding(3, 2), nn.Linear(2, 3))
+        >>> ids = torch.tensor([[0, 1, 2], [2, 1, 0]])
+        >>> found = Sketch(4, 4).gradients(model, {"input_ids": ids, "labels": ids}, forward=lambda m, b: m(b["input_ids"]))
+        >>> found.values.shape, found.of(module="1.bias").shape  # 6 + 6 + 3 numbers: sides this short are left as they are
+        ((2, 15), (2, 3))
+        """
         trained = trainable(model)
         batch = on_device(batch, next(iter(trained.values())).device)
         labels = batch["labels"]

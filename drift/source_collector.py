@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from drift.adapters import Adapter, adapters
 from drift.lowrank import induced_gram
@@ -58,6 +59,7 @@ class SourceCollector:
         self.n_real = n_sources * folds
         self.n_groups = self.n_real + int(self.accumulate or untagged)  # the last is nobody's
         self.units = torch.zeros(self.n_real, dtype=torch.int64)
+        self.unit = torch.zeros(0, dtype=torch.int64)  # of every row or token in the model now; -1: nobody's
         self.result: Collected | None = None
         self.touched = False
         self._expected: dict[str, _Expected] = {}
@@ -70,11 +72,12 @@ class SourceCollector:
         self._compare, self._in_part = compare, set(in_part)
         self._answers: dict[str, Tensor] = {}  # the gradient of a pass so far, as this collector has given it
         self._noted: dict[str, list[tuple[Tensor, Tensor]]] = {}  # of what autograd gives: squared distance from that, squared norm
-        self._watches = [p.register_hook(lambda g, n=n: self._note(n, g)) for n, p in trained.items()]
+        self._watches = {n: self._watch(n, p) for n, p in trained.items() if not hasattr(p, "full_tensor")}
 
     def deal(self, index: Tensor, units: Tensor | None) -> Tensor:
         """Group of every row or token: each source's units go to its folds in turn."""
         unit = _units(index) if units is None else _consecutive(index, units)
+        self.unit = unit.where(index >= 0, -1)
         group = torch.full_like(index, self.n_real)
         for s in range(self.n_sources):
             mine = index == s
@@ -86,7 +89,10 @@ class SourceCollector:
             self.units += torch.bincount(s * self.folds + (torch.arange(len(places)) + done) % self.folds, minlength=self.n_real)
         return group
 
-    def expect(self, name: str, ids: Tensor | None) -> None:
+    def expect(self, name: str, parameter: Tensor, ids: Tensor | None) -> None:
+        if name not in self._watches and hasattr(self._trained[name], "full_tensor"):
+            # Sharded parameters (FSDP2) pass no hook; the whole ones that are gathered of them do.
+            self._watches[name] = self._watch(name, parameter)
         expected = self._expected.setdefault(name, _Expected())
         if ids is None:
             expected.uses += 1
@@ -95,9 +101,12 @@ class SourceCollector:
 
     def collect(self, name: str, use: Use) -> Tensor:
         answer = self._collect(name, use)
-        if self._compare and not hasattr(self._trained[name], "full_tensor"):  # sharded ones (FSDP2) pass no hook
+        if self._compare:
             self._answers[name] = self._answers[name] + answer if name in self._answers else answer
         return answer
+
+    def _watch(self, name: str, parameter: Tensor) -> RemovableHandle:
+        return parameter.register_hook(lambda gradient: self._note(name, gradient))
 
     def _note(self, name: str, gradient: Tensor) -> None:
         noted = self._noted.setdefault(name, [])
@@ -194,7 +203,7 @@ class SourceCollector:
 
     def release(self) -> None:
         """Stop watching the parameters."""
-        for watch in self._watches:
+        for watch in self._watches.values():
             watch.remove()
         self._watches.clear()
 
@@ -253,7 +262,7 @@ class SourceCollector:
             if name in self._grams[SGD] and sum(float(d) for d, _ in noted) > 1e-4 * sum(float(g) for _, g in noted):
                 self._in_part.add(name)
         unseen = [n for n in self._noted if n not in self._grams[SGD]]
-        # Of sharded parameters all that is known is whether a layer has used them.
+        # Of a sharded parameter that no layer has used it isn't known whether it has a gradient.
         unseen += [n for n, p in self._trained.items() if hasattr(p, "full_tensor") and n not in self._expected]
         return {n: IN_PART for n in self._trained if n in self._in_part} | dict.fromkeys(unseen, NOT_TAKEN_APART)
 

@@ -18,10 +18,11 @@ from drift.uses import Dense, Formed, Sparse, Use
 
 
 class Collector(Protocol):
-    """What takes the pieces. ``expect`` is called in the forward pass for every use of a parameter (with the ids of an
-    embedding); ``collect`` in the backward pass, and returns that use's gradient, or None where none is wanted."""
+    """What takes the pieces. ``expect`` is called in the forward pass for every use of a parameter, with the tensor that is used (of a
+    sharded one it is the whole) and the ids of an embedding; ``collect`` in the backward pass, and returns that use's gradient, or None where
+    none is wanted."""
 
-    def expect(self, name: str, ids: Tensor | None) -> None: ...
+    def expect(self, name: str, parameter: Tensor, ids: Tensor | None) -> None: ...
 
     def collect(self, name: str, use: Use) -> Tensor | None: ...
 
@@ -34,10 +35,10 @@ class Tap:
     name: str
     split: Split
 
-    def announce(self, ids: Tensor | None = None) -> "Tap":
+    def announce(self, parameter: Tensor, ids: Tensor | None = None) -> "Tap":
         # Activation checkpointing runs a forward pass again inside the backward pass; the same use must count once.
         if torch._C._current_graph_task_id() == -1:
-            self.collector.expect(self.name, ids)
+            self.collector.expect(self.name, parameter, ids)
         return self
 
     def dense(self, left: Tensor, right: Tensor) -> Tensor | None:

@@ -1,6 +1,6 @@
 """Parameter drift: how far the weights are from where they started, per parameter."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from math import acos, isfinite, nan, sqrt
 from pathlib import Path
@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from drift.deltas import Delta, DenseDelta, DoraDelta, FactoredDelta, ResidualDelta, factors_of
+from drift.adapters import Adapter
+from drift.deltas import Delta, DenseDelta, DoraDelta, FactoredDelta, ResidualDelta, StackedDelta, factors_of
 from drift.names import layer_index, parameters
 from drift.numerics import check_finite
 from drift.reference import Reference
@@ -75,7 +76,7 @@ def parameter_drift(model: Side, base: Side, *, metrics: Collection[str] = ("l2"
     :data:`METRICS`; ``l2`` is always there.
 
     With LoRA it is the drift of the *effective* weight, under the base weight's name: :math:`s\,BA` of plain, rank-stabilised and
-    several adapters; less their product at the start where that is not 0 (PiSSA, OLoRA: ``base`` must be a snapshot or
+    several adapters, expert by expert where they are of stacked ones; less their product at the start where that is not 0 (PiSSA, OLoRA: ``base`` must be a snapshot or
     the adapter folder saved at the start); with DoRA's rescaling of the rows. All from the factors in float64, and a
     factored update's spectrum is exact. Where the frozen weights differ from the base's as well, sums run over a few rows of the
     formed weight at a time. Quantised base weights are not read: their ``rel`` and ``cos`` are nan, LoRA's own drift is exact.
@@ -127,7 +128,7 @@ def _drift(name: str, delta: Delta, sums: list[float], metrics: Collection[str])
     cos = (base_square + product) / sqrt(base_square * now_square) if base_square > 0 and now_square > 0 else nan
     found = ParameterDrift(name=name, numel=delta.numel, l2=sqrt(square), base_l2=sqrt(base_square), product=product, max=largest, cos=cos)
     wanted = _SPECTRAL & set(metrics)
-    if not wanted or (isinstance(delta, DenseDelta) and delta.now.dim() != 2):
+    if not wanted or isinstance(delta, StackedDelta) or (isinstance(delta, DenseDelta) and delta.now.dim() != 2):
         return found
     return ParameterDrift(**{**found.__dict__, **_spectral(delta, wanted)})
 
@@ -195,16 +196,28 @@ def _adapted(name: str, now: Reference, before: Reference) -> Delta:
     after, start = now.adapters.get(name, []), before.adapters.get(name, [])
     if any(adapter.magnitude is not None for adapter in (*after, *start)):
         return _dora(name, now, before)
+    weights = [side.get(name) if name in side else None for side in (now, before)]
+    moved = weights[0] is not None and weights[1] is not None and not before.holds(name, weights[0])
+    experts = sorted({adapter.expert for adapter in (*after, *start)} - {None})
+    if not experts:
+        return _factored(after, start, *weights, moved=moved)
+    return StackedDelta(tuple(_factored(*([a for a in found if a.expert == e] for found in (after, start)),
+                                        *(w if w is None else w[e] for w in weights), moved=moved) for e in experts))
+
+
+def _factored(after: Sequence[Adapter], start: Sequence[Adapter], now: Tensor | None, before: Tensor | None, *,
+              moved: bool) -> FactoredDelta | ResidualDelta:
+    """The change of one matrix from its adapters now and at the start; ``moved``: its frozen part is not what it was."""
     (a, b), (a0, b0) = (factors_of(found) if found else (None, None) for found in (after, start))
     if a is None:  # adapters at the start only: they were taken away
         a, b = a0[:1] * 0, b0[:, :1] * 0
-    frozen = next((side.get(name) for side in (now, before) if name in side), None)
     if a0 is not None and not b0.any():
         a0 = b0 = None
-    if name in now and name in before and not before.holds(name, now.get(name)):
+    if moved:
         if a0 is not None:
             a, b = torch.cat([a, a0.to(a.device)]), torch.cat([b, -b0.to(b.device)], dim=1)
-        return ResidualDelta(now.get(name), before.get(name), a, b)
+        return ResidualDelta(now, before, a, b)
+    frozen = before if now is None else now
     return FactoredDelta(a, b, a0, b0, None if frozen is None else frozen.to(a.device))
 
 

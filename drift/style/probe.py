@@ -20,6 +20,10 @@ class StyleProbe:
     reference. ``paired=True``: text i of both answers prompt i, which shows smaller changes (:func:`style_distance`).
     ``features`` gives [n, F] numbers for n texts, and may carry their ``names``. Table rows: ``style/<feature>`` (mean over
     texts, standard error of that mean) and ``style/distance``.
+
+    >>> probe = StyleProbe("loud", lambda model: ["A b!", "C d!", "E f!"], ["A b.", "C d.", "E f."])
+    >>> {row.metric: row.value for row in probe.rows(nn.Linear(1, 1), step=0)}["style/exclamation_marks"]  # for every 100 words
+    50.0
     """
 
     def __init__(self, name: str, write: Callable[[nn.Module], list[str]], reference_texts: Sequence[str] | None = None, *,

@@ -115,16 +115,8 @@ def test_hooks_go_even_after_an_error() -> None:
     assert not any("forward" in m.__dict__ for m in model.modules())
 
 
-class Functional(zoo.Base):
-    """A weight that its module's forward never sees."""
-
-    def forward(self, ids: Tensor) -> Tensor:
-        hidden = self.body(self.embed(ids))
-        return self.head(hidden) + nn.functional.linear(hidden.tanh(), self.head.weight)
-
-
 def test_a_weight_used_outside_its_module_is_named() -> None:
-    gram = gradient_gram(zoo.make(Functional), zoo.batch(), forward=zoo.forward)
+    gram = gradient_gram(zoo.make(zoo.Functional), zoo.batch(), forward=zoo.forward)
     assert gram.missing == ("head.weight",) and "head.weight" not in gram.per_parameter and gram.coverage < 1
 
 

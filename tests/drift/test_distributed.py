@@ -1,5 +1,6 @@
 """Two gloo processes give the numbers of one: DDP, FSDP2 and Accelerate."""
 
+import json
 import os
 from pathlib import Path
 
@@ -66,7 +67,21 @@ def _work(rank: int, folder: str, port: int) -> None:
             model = DistributedDataParallel(model)
         _train(model, batch, tags, Path(folder) / kind, accumulate=kind.endswith("accumulated"),
                accelerator=Accelerator(cpu=True) if kind == "accelerate" else None)
+    _half_seen(tags, Path(folder) / f"half-seen-{rank}.json")
     dist.destroy_process_group()
+
+
+def _half_seen(tags: torch.Tensor, out: Path) -> None:
+    """A sharded model of which one weight is used outside its module, too: what is said of it, step by step."""
+    model = zoo.make(zoo.Functional)
+    fully_shard(model.body), fully_shard(model)
+    ids, missing = zoo.batch(rows=len(tags))["input_ids"], []
+    with drift.SourceGradients(model, ["task", "self"]) as sources:
+        for _ in range(2):
+            sources.tag(tags)
+            model(ids).square().mean().backward()
+            missing.append(dict(sources.step().missing))
+    out.write_text(json.dumps(missing))
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +107,12 @@ def test_two_processes_give_the_numbers_of_one(runs: Path, kind: str) -> None:
         if "cos" in key[1] and key[1].startswith("align/"):
             continue  # ratios of small numbers: their parts are compared
         assert two[key] == pytest.approx(value, rel=1e-3, abs=1e-4 * scale[key[1]], nan_ok=True), key
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_half_seen_gradient_of_a_sharded_weight_is_named(runs: Path, rank: int) -> None:
+    for missing in json.loads((runs / f"half-seen-{rank}.json").read_text()):
+        assert list(missing) == ["head.weight"] and "part of its gradient comes from outside its module" in missing["head.weight"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

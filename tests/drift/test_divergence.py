@@ -190,7 +190,7 @@ def test_a_probe_without_positions_or_batches_is_refused() -> None:
     with pytest.raises(ValueError, match="probe 'p': batches is empty"):
         DivergenceProbe("p", [])
     hidden = zoo.batch() | {"labels": torch.full((5, 7), -100)}
-    with pytest.raises(ValueError, match="probe 'p': no label differs from -100"):
+    with pytest.raises(ValueError, match="probe 'p', batch 0: no label differs from -100"):
         DivergenceProbe("p", [hidden])
     with pytest.raises(RuntimeError, match="probe 'p' is not prepared; call prepare"):
         DivergenceProbe("p", [zoo.batch()]).per_row(zoo.llama())
@@ -343,7 +343,7 @@ def test_wrong_tokens_and_numbers_are_named() -> None:
     with pytest.raises(FloatingPointError, match="probe 'p': log-probabilities of the base are not numbers"):
         broken.per_row(zoo.llama())
     hidden = {**batch, "labels": torch.full_like(batch["labels"], -100)}
-    with pytest.raises(ValueError, match="no label differs from -100 in batch 1"):
+    with pytest.raises(ValueError, match="probe 'p', batch 1: no label differs from -100"):
         drift.DivergenceProbe("p", [batch, hidden])
     with pytest.raises(ValueError, match="has parameters on the meta device"):
         probe.per_row(zoo.llama().to("meta"))

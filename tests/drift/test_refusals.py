@@ -1,6 +1,7 @@
 """Bad input is refused before any work, by every instrument alike, with what came and what is needed."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -42,6 +43,8 @@ WRONG = [
     ({"labels": LABELS.float()}, r"must have labels, whole numbers .* got torch.float32 \[5, 7\]"),
     ({"labels": None}, "must have labels, .* got NoneType"),
     ({"labels": torch.full_like(LABELS, -100)}, "no label differs from -100"),
+    ({"labels": LABELS.index_fill(0, torch.tensor([1, 3]), -100)}, r"no label of row 1, 3 differs from -100 .*leave such rows out"),
+    ({"labels": LABELS.where(torch.arange(7) == 0, -100).where(torch.arange(5)[:, None] == 2, LABELS)}, "no label of row 2 differs from -100"),
 ]
 
 
@@ -78,6 +81,57 @@ def test_sources_of_frozen_models_and_models_without_values() -> None:
         drift.SourceGradients(model().requires_grad_(False), ["task", "self"])
     with pytest.raises(ValueError, match="meta device"):
         drift.SourceGradients(model().to("meta"), ["task", "self"])
+
+
+NO_MODEL: dict[str, Callable[[list], object]] = {
+    "record": drift.record,
+    "SourceGradients": lambda m: drift.SourceGradients(m, ["task", "self"]),
+    "Reference": drift.Reference.snapshot,
+    **{name: lambda m, measure=measure: measure(m, batch()) for name, measure in MEASURED.items() if name != "product"},
+}
+
+
+@pytest.mark.parametrize("ask", NO_MODEL)
+def test_what_is_no_model(ask: str) -> None:
+    with pytest.raises(TypeError, match="model must be a torch.nn.Module, got list"):
+        NO_MODEL[ask]([1])
+
+
+def test_a_side_of_a_drift_that_is_none() -> None:
+    for sides in (([1], model()), (model(), None)):
+        with pytest.raises(TypeError, match=r"must be a model, a Reference, or the path .* got (list|NoneType)"):
+            drift.parameter_drift(*sides)
+
+
+def test_a_frozen_model_is_refused_before_its_folder_is_made(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no trainable parameter"):
+        drift.record(model().requires_grad_(False), tmp_path / "run")
+    with pytest.raises(ValueError, match="on the meta device"):
+        drift.record(model().to("meta"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_rows_of_a_source_without_a_label_in_the_loss() -> None:
+    """They have no gradient, and would make the mean over a source's rows smaller than it is."""
+    m, hidden = model(), batch(labels=LABELS.index_fill(0, torch.tensor([1, 3]), -100))
+    with drift.SourceGradients(m, ["task", "self"], folds=1) as sources:
+        sources.tag([0, 1, 1, 0, 0])
+        with pytest.raises(ValueError, match=r"row 1, row 3 have a source, but no label that differs from -100, .*Tag them -1"):
+            m(**hidden)
+    with drift.SourceGradients(m, ["task", "self"], folds=1) as sources:
+        sources.tag([0, -1, 1, -1, 0])
+        m(**hidden).loss.backward()
+        assert sources.step().units.tolist() == [[2], [1]]
+
+
+def test_packed_rows_of_a_source_without_a_label_in_the_loss() -> None:
+    m, units = model(), torch.tensor([[0, 0, 0, 1, 1, 2, 2]]).expand(5, -1)
+    hidden = batch(labels=LABELS.where(units != 1, -100).index_fill(0, torch.tensor([4]), -100))
+    hidden["labels"][:, 2:3] = hidden["labels"][:, 5:6] = 7
+    with drift.SourceGradients(m, ["task", "self"]) as sources:
+        sources.tag(torch.zeros(5, 7, dtype=torch.long), units=units)
+        with pytest.raises(ValueError, match=r"row 0 from token 3 on, row 1 from token 3 on, .* have a source"):
+            m(**hidden)
 
 
 @pytest.mark.parametrize(("key", "message"), [(None, "step 1 was to be measured, .*tag was not called"),

@@ -99,6 +99,34 @@ def test_every_family_is_covered_whole(family: str) -> None:
         assert loss_of(hf_logits, model, batch).item() == plain, "the forward pass is the model's own, to the bit"
 
 
+@pytest.mark.parametrize("kind", ["zoo", "llama"])
+def test_products_are_those_of_dattri(kind: str) -> None:
+    """A second opinion: dattri-llm's products of rows' gradients, module by module, summed over the rows of each source's folds.
+
+    Of weights that are used in two places it leaves out the products across, so these models have none.
+    """
+    dattri = pytest.importorskip("dattri_llm")
+    model, logits = (zoo.make(zoo.Norms), zoo_logits) if kind == "zoo" else (zoo.llama(tied=False), hf_logits)
+    batch = zoo.batch(rows=6, vocabulary=zoo.V)
+    norms = {path: m for path, m in model.named_modules() if type(m).__name__ == "LlamaRMSNorm"}  # its own kind, which has to be said
+    config = dattri.HookManagerConfig(linear_io=dattri.REGISTER_ALL, hook_types=dict.fromkeys(norms, "linear_io"), layer_types=dict.fromkeys(norms, "nn.RMSNorm"),
+                                      module_kwargs={path: {"has_bias": False, "normalized_shape": tuple(m.weight.shape), "eps": m.variance_epsilon}
+                                                     for path, m in norms.items()})
+    capture = dattri.CaptureCallback()
+    with dattri.HookManager(model, config=config, callbacks=[capture]).collect(deregister_on_exit=True):
+        loss_of(logits, model, batch).backward()
+    rows = {path: k.double().numpy() for path, k in capture.record.gradient.similarity(capture.record.gradient).items()}
+    gram, ours = drift.gradient_gram(model, batch, forward=logits), split(logits, model, batch)
+    count = int((batch["labels"][:, 1:] != -100).sum())
+    assert set(rows) == {name.rpartition(".")[0] for name in gram.per_parameter}
+    for path, theirs in rows.items():
+        mine = [name for name in gram.per_parameter if name.rpartition(".")[0] == path]
+        tolerance = {"rtol": 1e-5, "atol": 1e-5 * np.abs(theirs).max(), "err_msg": path}
+        np.testing.assert_allclose(sum(gram.per_parameter[name] for name in mine) / count**2, theirs, **tolerance)
+        folds = np.array([[theirs[np.ix_(a, b)].sum() for b in FOLDS] for a in FOLDS])
+        np.testing.assert_allclose(sum(ours.grams["sgd"][name] for name in mine), folds, **tolerance)
+
+
 def test_products_in_float32_agree_within_1e_5() -> None:
     for family in families.FAMILIES:
         model, batch = families.make(family, torch.float32), zoo.batch(rows=6, vocabulary=families.V)
@@ -411,14 +439,6 @@ def test_splitting_costs_less_than_a_hundredth_of_the_steps_products() -> None:
 # --- what is not taken apart ------------------------------------------------------------------------------------
 
 
-class Functional(zoo.Base):
-    """A weight that is also used outside its module."""
-
-    def forward(self, ids: Tensor) -> Tensor:
-        hidden = self.body(self.embed(ids))
-        return self.head(hidden) + nn.functional.linear(hidden.tanh(), self.head.weight)
-
-
 class Fused(zoo.Base):
     """A head whose module is never called, as in fused losses."""
 
@@ -443,7 +463,7 @@ class Mixed(zoo.Base):
 
 
 @pytest.mark.parametrize(("kind", "name", "why"), [
-    (Functional, "head.weight", "part of its gradient comes from outside its module"),
+    (zoo.Functional, "head.weight", "part of its gradient comes from outside its module"),
     (Fused, "head.weight", "an operation that is not taken apart"),
     (Mixed, "body.weight", "an operation that is not taken apart")])
 def test_what_is_not_covered_is_named_with_the_reason(kind, name: str, why: str) -> None:
@@ -455,7 +475,7 @@ def test_what_is_not_covered_is_named_with_the_reason(kind, name: str, why: str)
     torch.testing.assert_close(parameters(model)[name].grad.flatten(), expected[name].sum(0))
 
 
-@pytest.mark.parametrize("kind", [Functional, Fused])
+@pytest.mark.parametrize("kind", [zoo.Functional, Fused])
 @pytest.mark.parametrize("passes", [1, 2])
 def test_it_is_named_at_every_step_and_over_accumulated_passes(kind, passes: int) -> None:
     model, batch = zoo.make(kind), zoo.batch(rows=6)

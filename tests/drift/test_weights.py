@@ -216,14 +216,93 @@ def test_adapters_that_are_not_covered_are_refused_by_name(tmp_path):
     biased.save_pretrained(tmp_path)
     with pytest.raises(NotImplementedError, match="lora_bias=True"):
         drift.parameter_drift(tmp_path, zoo.llama())
-    with pytest.raises(NotImplementedError, match="q_proj has adalora; only LoRA on linear layers and embeddings is covered"):
+    with pytest.raises(NotImplementedError, match="q_proj has adalora; only LoRA on linear layers, embeddings and bare parameters is covered"):
         drift.Reference.snapshot(get_peft_model(zoo.llama(), AdaLoraConfig(target_modules=["q_proj"], total_step=10)))
     experts = get_peft_model(families.make("mixtral", torch.float32), LoraConfig(target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj"]))
-    with pytest.raises(NotImplementedError, match="mlp.experts has LoRA on the parameter gate_up_proj"):
-        drift.Reference.snapshot(experts)
     experts.save_pretrained(tmp_path / "experts")
-    with pytest.raises(NotImplementedError, match="target_parameters"):
+    with pytest.raises(NotImplementedError, match=r"target_parameters=\['mlp.experts.gate_up_proj'\], and its files don't say"):
         drift.Reference.open(tmp_path / "experts")
+
+
+class Experts(nn.Module):
+    """Three experts whose weights are stacked as [E, in, out], and all asked."""
+
+    is_transposed = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, zoo.D, 2 * zoo.D))
+        self.bias = nn.Parameter(torch.randn(2 * zoo.D, zoo.D))
+
+    def forward(self, x):
+        return torch.einsum("bti,eio->bto", x, self.weight) @ self.bias
+
+
+class Stacked(zoo.Base):
+    def make_body(self) -> nn.Module:
+        return Experts()
+
+
+EXPERTS = {
+    "mixtral": (lambda: families.make("mixtral"), {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}),
+    "rank-stabilised": (lambda: families.make("mixtral"), {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.down_proj"], "use_rslora": True}),
+    "transposed": (lambda: zoo.make(Stacked), {"target_modules": ["head"], "target_parameters": ["body.weight", "body.bias"]}),
+}
+
+
+@pytest.mark.parametrize("kind", EXPERTS)
+def test_lora_on_stacked_experts_is_that_of_pefts_own_updates(kind: str):
+    """Expert by expert from the factors, against the update that PEFT would merge, also from a start that is not 0."""
+    from peft import LoraConfig, get_peft_model
+
+    make, settings = EXPERTS[kind]
+    base = make()
+    before = {n: p.detach().clone() for n, p in base.named_parameters()}
+    model = get_peft_model(base, LoraConfig(r=2, lora_alpha=3.0, **settings))
+
+    def updates() -> dict[str, torch.Tensor]:
+        wrappers = {canonical_name(f"{path}.base_layer.{m.parameter_name}"): m for path, m in model.named_modules() if hasattr(m, "parameter_name")}
+        return {name: m.get_delta_weight("default").detach().clone() for name, m in wrappers.items()}
+
+    fresh = drift.Reference.snapshot(model)
+    moved(model)
+    start, first = drift.Reference.snapshot(model), updates()
+    moved(model)
+    assert len(first) == len(settings["target_parameters"]) * (1 if kind == "transposed" else 2)
+    for reference, began in ((fresh, {n: 0.0 for n in first}), (start, first)):
+        found = {p.name: p for p in drift.parameter_drift(model, reference, metrics=("l2", "rel", "max", "cos", "spectral"))}
+        for name, update in updates().items():
+            delta, from_ = update - began[name], before[name] + began[name]
+            p = found[name]
+            assert p.numel == delta.numel() and p.l2 == pytest.approx(float(delta.norm()), rel=1e-9)
+            assert p.rel == pytest.approx(float(delta.norm() / from_.norm()), rel=1e-9) and p.max == pytest.approx(float(delta.abs().max()), rel=1e-9)
+            assert p.cos == pytest.approx(float((from_ * (from_ + delta)).sum() / from_.norm() / (from_ + delta).norm()), rel=1e-9)
+            assert math.isnan(p.spectral) == (delta.dim() == 3)
+            sketch = drift.Sketch(3, 3)
+            assert np.allclose(sketch.change(model, reference).of(module=name).ravel(), sketch.project(name, delta).flatten().numpy())
+    moved_base = {n: p + 0.1 for n, p in before.items()}
+    with torch.no_grad():
+        for name, parameter in parameters(model).items():
+            if name in first:
+                parameter.copy_(moved_base[name])
+    for p in drift.parameter_drift(model, drift.Reference(before)):
+        if p.name in first:
+            assert p.l2 == pytest.approx(float((moved_base[p.name] + updates()[p.name] - before[p.name]).norm()), rel=1e-9)
+
+
+def test_gradients_of_factors_of_stacked_experts_are_named_as_not_covered():
+    from peft import LoraConfig, get_peft_model
+
+    make, settings = EXPERTS["mixtral"]
+    model, batch = get_peft_model(make(), LoraConfig(r=2, **settings)), zoo.batch(vocabulary=families.V)
+    gram = drift.gradient_gram(model, batch)
+    with drift.SourceGradients(model, ["task", "self"]) as sources:
+        sources.tag([0, 1, 0, 1, 0])
+        model(**batch).loss.backward()
+        split = sources.step()
+    for missing in (gram.missing, split.missing):
+        assert len(missing) == 2 * 2 * 2 and all(".mlp.experts." in name for name in missing)
+    assert drift.record(model).__enter__().latest()["drift/l2"] == 0
 
 
 def test_a_moved_base_needs_the_adapter_of_the_start(tmp_path):

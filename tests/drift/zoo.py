@@ -87,6 +87,14 @@ class Flattened(Base):
         return self.head(self.body(hidden)).unflatten(0, ids.shape)
 
 
+class Functional(Base):
+    """A weight that is also used outside its module: only a part of its gradient is taken apart."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        hidden = self.body(self.embed(ids))
+        return self.head(hidden) + nn.functional.linear(hidden.tanh(), self.head.weight)
+
+
 ZOO: list[Callable[[], nn.Module]] = [Base, Tied, Reused, Frozen, Dropout, Norms, Padded, Unused, Flattened]
 
 
