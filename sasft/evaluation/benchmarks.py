@@ -1,4 +1,4 @@
-"""Public benchmarks as suites, from local files or the hub: GSM8K, MMLU, AGIEval, IFEval, medical question answering.
+"""Public benchmarks as suites, from local files or the hub: GSM8K, MMLU, AGIEval, PIQA, IFEval, medical question answering.
 
 All prompts go through the model's chat template; worked examples ("shots") are earlier turns. Where the words of a prompt are our
 choice, the suite's docstring says so; every result carries the hash of its prompts: compare scores of one hash only.
@@ -7,6 +7,7 @@ choice, the suite's docstring says so; every result carries the hash of its prom
 import hashlib
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from sasft.errors import UsageError
@@ -15,7 +16,8 @@ from sasft.evaluation.natural_instructions import super_ni
 from sasft.evaluation.request import Request
 from sasft.evaluation.scoring import gsm8k_scores, same_formula
 from sasft.evaluation.sources import Hub, Rows, Source, check_columns
-from sasft.evaluation.suites import Answered, Chosen, Item, Suite, turns, user
+from sasft.evaluation.suites import Answered, Chosen, Item, Suite, cluster_of_text, turns, user
+from sasft.files import sha256_file
 
 LETTERS = "ABCDEFGHIJ"
 
@@ -43,10 +45,11 @@ def gsm8k(request: Request) -> Suite:
     shots: list[tuple[str, str]] = []
     if request.shots:
         pool, provenance["shots"] = _gsm8k_source("train").read(request.folder)
-        shots = [(f"Question: {r['question']}\nAnswer:", r["answer"]) for r in request.examples(pool)]
+        shots = [(f"Question: {r['question']}\nAnswer:", r["answer"]) for r in pool]
     asked = [f"Question: {r['question']}\nAnswer:" if shots else r["question"] + _GSM8K_FORM for r in rows]
-    items = [Item(id=str(i), asked=r["question"], gold=r["answer"], prompt=user(asked[i], *turns(shots)))
-             for i, r in enumerate(rows)]
+    items = [Item(id=str(i), asked=r["question"], gold=r["answer"],
+                  prompt=user(question, *turns(request.examples(shots, question))))
+             for i, (r, question) in enumerate(zip(rows, asked, strict=True))]
     return Answered(name=request.spec, items=items, metrics=("flexible", "strict"), source=provenance, max_new_tokens=512,
                     check=lambda item, answer: gsm8k_scores(answer, item.gold))
 
@@ -69,7 +72,8 @@ def mmlu(request: Request) -> Suite:
     """57 subjects, four choices (arXiv 2009.03300): the letter of largest log-likelihood as the assistant's first token.
 
     The prompt is the authors' ("The following are multiple choice questions (with answers) about ..."). Shots are the first
-    ones of the subject's development questions, five at most. A part, ``mmlu:astronomy``, takes one subject.
+    ones of the subject's development questions, five at most. A part, ``mmlu:astronomy``, takes one subject. Questions that have
+    all but their last line in common (the sources in papers on history) make a cluster.
     """
     rows, provenance = _mmlu_source("test").read(request.folder)
     subjects = sorted({r["subject"] for r in rows})
@@ -79,7 +83,7 @@ def mmlu(request: Request) -> Suite:
     if request.shots:
         pool, provenance["shots"] = _mmlu_source("dev").read(request.folder)
     worked = [(r["subject"], (_question(r["question"], r["choices"]), LETTERS[r["answer"]])) for r in pool]
-    shots = {s: request.examples([example for subject, example in worked if subject == s]) for s in subjects}
+    shots = {s: [example for subject, example in worked if subject == s] for s in subjects}
     items = []
     for i, r in enumerate(rows):
         if r["subject"] not in shots:
@@ -89,10 +93,12 @@ def mmlu(request: Request) -> Suite:
                              f"got {r['answer']!r}")
         about = r["subject"].replace("_", " ")
         head = f"The following are multiple choice questions (with answers) about {about}.\n\n"
-        opening, *rest = [*shots[r["subject"]], (_question(r["question"], r["choices"]), "")]
+        question = _question(r["question"], r["choices"])
+        opening, *rest = [*request.examples(shots[r["subject"]], question), (question, "")]
         asked = [(head + opening[0], opening[1]), *rest]
         items.append(Item(id=str(i), asked=r["question"], gold=r["answer"], group=r["subject"],
-                          choices=tuple(LETTERS[: len(r["choices"])]), prompt=user(asked[-1][0], *turns(asked[:-1]))))
+                          cluster=cluster_of_text(r["question"].strip().rpartition("\n")[0]), choices=tuple(LETTERS[: len(r["choices"])]),
+                          prompt=user(asked[-1][0], *turns(asked[:-1]))))
     return Chosen(name=request.spec, items=items, metrics=("acc", "nll"), source=provenance)
 
 
@@ -126,28 +132,53 @@ def agieval(request: Request) -> Suite:
             r["question"] + "\n\nWork it out step by step. End with the answer in \\boxed{}.")) for i, r in enumerate(rows)]
         return Answered(name=request.spec, items=items, metrics=("formula",), source=provenance, max_new_tokens=512,
                         check=lambda item, answer: {"formula": same_formula(answer, item.gold)})
-    asked = []
+    worked, items = [], []
     for i, r in enumerate(rows):
         options = [re.sub(r"^\([A-J]\)\s*", "", option) for option in r["options"] or ()]
         if not options or r["label"] not in tuple(LETTERS[: len(options)]):
             raise UsageError(f"{source.title}, row {i + 1}: label must be the letter of one of its {len(options)} options, "
                              f"got {r['label']!r}")
         passage = f"{r['passage'].strip()}\n\n" if r["passage"] else ""
-        asked.append((_question(r["question"], options, passage), r["label"], len(options)))
-    items = []
-    for i, (text, label, n) in enumerate(asked):
-        others = [(question, answer) for j, (question, answer, _) in enumerate(asked[: request.shots + 1]) if j != i]
-        items.append(Item(id=str(i), asked=rows[i]["question"], gold=LETTERS.index(label), choices=tuple(LETTERS[:n]),
-                          prompt=user(text, *turns(request.examples(others)))))
+        worked.append((_question(r["question"], options, passage), r["label"]))
+        items.append(Item(id=str(i), asked=r["question"], gold=LETTERS.index(r["label"]), choices=tuple(LETTERS[: len(options)]),
+                          cluster=cluster_of_text(passage)))
+    items = [replace(item, prompt=user(question, *turns(request.examples(worked, question))))
+             for item, (question, _) in zip(items, worked, strict=True)]
     return Chosen(name=request.spec, items=items, metrics=("acc", "nll"), source=provenance)
+
+
+def piqa(request: Request) -> Suite:
+    """Everyday physics (arXiv 1911.11641, the validation split): which of two solutions is likelier as the whole of the answer.
+
+    The prompt is lm-evaluation-harness's ("Question: ... Answer:"). ``acc_norm``, the headline, is by log-likelihood a character,
+    since the solutions differ in length. For models too small to answer by letters.
+    """
+    request.no_part(), request.no_shots()
+    source = Source(title="PIQA (validation)", file="piqa/valid.jsonl", columns=("goal", "sol1", "sol2"),
+                    home="https://yonatanbisk.com/piqa", form="valid.jsonl beside its valid-labels.lst",
+                    hub=Hub(name="baber/piqa", split="validation"))
+    rows, provenance = source.read(request.folder)
+    if "file" in provenance:
+        path = request.folder / "piqa/valid-labels.lst"
+        provenance["labels_sha256"] = sha256_file(path)
+        labels = path.read_text(encoding="utf-8").split()
+    else:
+        check_columns(rows, ("label",), source.title)
+        labels = [str(r["label"]) for r in rows]
+    if len(labels) != len(rows) or not {"0", "1"}.issuperset(labels):
+        raise UsageError(f"{source.title}: there must be one label, 0 or 1, for each of the {len(rows)} rows, got {len(labels)} labels "
+                         f"({', '.join(sorted(set(labels))[:4])})")
+    items = [Item(id=str(i), asked=r["goal"], gold=int(label), choices=(r["sol1"], r["sol2"]),
+                  prompt=user(f"Question: {r['goal']}\nAnswer:")) for i, (r, label) in enumerate(zip(rows, labels, strict=True))]
+    return Chosen(name=request.spec, items=items, metrics=("acc_norm", "acc", "nll"), source=provenance)
 
 
 # --- instructions, and medical questions --------------------------------------------------------------------------
 
 
-def _ifeval_row(row: dict[str, Any]) -> dict[str, Any]:
-    """The hub gives every instruction all options, those of others as None."""
-    return {**row, "kwargs": [{k: v for k, v in options.items() if v is not None} for options in row["kwargs"]]}
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    """An instruction's own options: tables have all options in every row, those of others as None."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def ifeval(request: Request) -> Suite:
@@ -156,12 +187,12 @@ def ifeval(request: Request) -> Suite:
     request.no_part(), request.no_shots()
     source = Source(title="IFEval", file="ifeval/input_data.jsonl", columns=("key", "prompt", "instruction_id_list", "kwargs"),
                     home="https://github.com/google-research/google-research/tree/master/instruction_following_eval",
-                    hub=Hub(name="google/IFEval", split="train", revision="966cd89545d6b6acfd7638bc708b98261ca58e84",
-                            row=_ifeval_row))
+                    hub=Hub(name="google/IFEval", split="train", revision="966cd89545d6b6acfd7638bc708b98261ca58e84"))
     rows, provenance = source.read(request.folder)
     return instruction_suite(request.spec, [
         Item(id=str(r["key"]), asked=r["prompt"], prompt=user(r["prompt"]),
-             gold=list(zip(r["instruction_id_list"], r["kwargs"], strict=True))) for r in rows], provenance, max_new_tokens=1280)
+             gold=list(zip(r["instruction_id_list"], map(_given, r["kwargs"]), strict=True))) for r in rows],
+        provenance, max_new_tokens=1280)
 
 
 def held_out(question: str) -> bool:
@@ -209,6 +240,6 @@ def medtext(request: Request) -> Suite:
 
 
 BENCHMARKS: dict[str, Callable[[Request], Suite]] = {
-    "gsm8k": gsm8k, "mmlu": mmlu, "agieval": agieval, "ifeval": ifeval, "super_ni": super_ni, "medquad": medquad,
-    "meqsum": meqsum, "medtext": medtext,
+    "gsm8k": gsm8k, "mmlu": mmlu, "agieval": agieval, "piqa": piqa, "ifeval": ifeval, "super_ni": super_ni,
+    "medquad": medquad, "meqsum": meqsum, "medtext": medtext,
 }

@@ -55,7 +55,8 @@ _INSTRUCTIONS: tuple[tuple[str, str, dict[str, Any]], ...] = (
 def instructions(request: Request) -> Suite:
     """240 short prompts, 20 plain questions times 12 instructions that a rule checks: length, case, lists, words, punctuation.
 
-    Scores as IFEval's. Made for small models, which IFEval's long prompts overtax; parts of the suite are its kinds.
+    Scores as IFEval's. Made for small models, which IFEval's long prompts overtax; parts of the suite are its kinds, and the
+    prompts of one question make a cluster.
     """
     request.no_part(), request.no_shots()
     items = []
@@ -63,7 +64,8 @@ def instructions(request: Request) -> Suite:
         for i, (said, kind, options) in enumerate(_INSTRUCTIONS):
             filled = {k: [w.format(a=a, b=b) for w in v] if isinstance(v, list) else v for k, v in options.items()}
             text = f"{question} {said.format(a=a, b=b)}"
-            items.append(Item(id=f"{q:02d}-{i:02d}", asked=text, prompt=user(text), gold=[(kind, filled)], group=kind))
+            items.append(Item(id=f"{q:02d}-{i:02d}", asked=text, prompt=user(text), gold=[(kind, filled)], group=kind,
+                              cluster=f"{q:02d}"))
     return instruction_suite(request.spec, items, {"built_in": "instructions"}, max_new_tokens=128)
 
 

@@ -9,7 +9,7 @@ from sasft.errors import UsageError
 from sasft.evaluation.checked import reference_suite
 from sasft.evaluation.request import Request
 from sasft.evaluation.sources import Hub, Source, check_columns, read_jsonl
-from sasft.evaluation.suites import Item, Suite, turns, user
+from sasft.evaluation.suites import Item, Suite, cluster_of_text, turns, user
 from sasft.files import sha256_file
 
 _HOME = "https://github.com/allenai/natural-instructions/tree/master/tasks"
@@ -20,15 +20,22 @@ def super_ni(request: Request) -> Suite:
     """A task of Super-NaturalInstructions (arXiv 2204.07705), ``super_ni:task024``: ROUGE-L and exact match over all references.
 
     The prompt is the task's definition, a blank line and the input, as in training rows of the shape instruction, input,
-    output. Reads ``super_ni/<task>.test.jsonl`` (id, input, output) beside its ``definition.txt``, or a JSON file as the authors
-    publish it (Definition, Instances). Shots: positive examples of the latter, the first rows of ``train.jsonl`` for the former;
-    the set on the hub has neither.
+    output; inputs that begin with the same line (a passage) make a cluster. Reads ``super_ni/<task>.test.jsonl`` (id, input,
+    output) beside its ``definition.txt``, or a JSON file as the authors publish it (Definition, Instances). Shots: positive
+    examples of the latter, the first rows of ``train.jsonl`` for the former; the set on the hub has neither.
     """
     task = _task(request)
-    shots = [(f"{task.definition}\n\n{asked}", said) for asked, said in request.examples(task.examples)]
-    items = [Item(id=i, asked=asked, gold=gold, prompt=user(f"{task.definition}\n\n{asked}", *turns(shots)))
-             for i, asked, gold in task.instances]
+    worked = [(f"{task.definition}\n\n{asked}", said) for asked, said in task.examples]
+    items = [Item(id=i, asked=asked, gold=gold, cluster=_passage(asked),
+                  prompt=user(question, *turns(request.examples(worked, question))))
+             for i, asked, gold in task.instances for question in [f"{task.definition}\n\n{asked}"]]
     return reference_suite(request.spec, items, task.source, max_new_tokens=128)
+
+
+def _passage(asked: str) -> str:
+    """The cluster of an input: its first line, if that is not all and so long (40 characters) that it is no heading."""
+    first, _, rest = asked.strip().partition("\n")
+    return cluster_of_text(first) if rest and len(first) >= 40 else ""
 
 
 @dataclass(frozen=True)

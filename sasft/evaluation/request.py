@@ -2,11 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from sasft.chat import Chat
 from sasft.errors import UsageError
+
+Example = tuple[str, str]
+"""A worked example: the question as it is put to the model, and the answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +39,15 @@ class Request:
             raise UsageError(f"suite {self.spec!r} needs one of its parts: {', '.join(f'{name}:{p}' for p in parts)}")
         return self.part
 
-    def examples(self, pool: Sequence[Any]) -> Sequence[Any]:
-        """The first ``shots`` of the examples there are."""
-        if len(pool) < self.shots:
-            raise UsageError(f"suite {self.spec!r} asks for {self.shots} shots, but there are {len(pool)} examples to show")
-        return pool[: self.shots]
+    def examples(self, pool: Sequence[Example], question: str) -> list[Example]:
+        """The first ``shots`` of the worked examples that do not ask the item's own question (case and blanks aside)."""
+        others = (example for example in pool if _same(example[0]) != _same(question))
+        shown = list(islice(others, self.shots))
+        if len(shown) < self.shots:
+            raise UsageError(f"suite {self.spec!r} asks for {self.shots} shots, but there are {len(shown)} examples to show beside "
+                             f"the question {question[:60]!r}")
+        return shown
+
+
+def _same(question: str) -> str:
+    return " ".join(question.casefold().split())

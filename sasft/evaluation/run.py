@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from sasft.evaluation.builtin import BUILT_IN
 from sasft.evaluation.contamination import contaminated
 from sasft.evaluation.harness import Harness
 from sasft.evaluation.request import Request
-from sasft.evaluation.sources import FOLDER_VARIABLE, data_folder
+from sasft.evaluation.sources import FOLDER_VARIABLE, MissingSet, data_folder
 from sasft.evaluation.subject import Base, Subject
 from sasft.evaluation.suites import Item, Suite
 from sasft.evaluation.summary import read_records, summarise, table
@@ -42,7 +43,8 @@ class MeasureSettings:
     data: str | None = option(None, f"folder of benchmarks' files; without it {FOLDER_VARIABLE}, without both the hub")
     limit: int = option(0, "items of every suite, the same ones in every run; 0 for all")
     batch_size: int = option(16, "items that are run together; scores don't depend on it beyond rounding")
-    precision: Precision = option("fp32", "precision of the forward pass: fp32 leaves the weights' own, bf16 is autocast, auto bf16 where the hardware multiplies it")
+    precision: Precision = option("fp32", "precision of the forward pass: fp32 leaves the weights' own, bf16 is autocast, "
+                                          "auto is bf16 where the hardware multiplies it")
     temperature: float = option(0.0, "sampling temperature of written answers; 0 takes the most probable token")
     seed: int = option(0, "seed of sampled answers; each depends on it and on its item alone")
     max_new_tokens: int = option(0, "length cap of an answer in tokens; 0 for each suite's own")
@@ -89,20 +91,22 @@ def evaluate(
     to which KL is measured where a suite predicts given tokens, or ``"without adapters"``.
 
     ``out`` holds ``items.jsonl`` (one record an item: its scores as total and weight, the answer, the SHA-256 of the tokens of
-    its prompt), ``config.json`` (what the scores hang on: hashes of weights and chat template, generation settings, versions)
-    and ``summary.json``. The same call goes on where it was stopped; other suites join those there; another model or setting is
-    refused.
+    its prompt and of where the set came from), ``config.json`` (what the scores hang on: hashes of weights and chat template,
+    generation settings, versions) and ``summary.json``. The same call goes on where it was stopped; other suites join those
+    there; another model or setting is refused.
 
     Raises :class:`UsageError`, before any item is run, for unknown suites, sets that are missing, empty or of another shape,
-    prompts that the template refuses, and a folder that holds another run.
+    prompts that the template refuses or that are longer than the model takes, and a folder that holds another run.
     """
     settings = MeasureSettings() if settings is None else settings
     out, chat = Path(out), Chat(tokenizer)
-    made = [suite if isinstance(suite, Suite) else make_suite(suite, chat, settings) for suite in suites]
+    made = _make_all(suites, chat, settings)
     _check(made)
     subject = Subject(model=model, chat=chat, base=base, precision=settings.precision, temperature=settings.temperature,
                       seed=settings.seed, batch_size=settings.batch_size, max_new_tokens=settings.max_new_tokens)
-    found_in_training = {suite.name: _contaminated(suite, settings) for suite in made}
+    asked = {suite.name: choose(suite.items, settings.limit) for suite in made}
+    shown = {suite.name: _shown(suite, subject, asked[suite.name]) for suite in made}
+    found_in_training = {suite.name: _contaminated(asked[suite.name], settings) for suite in made}
     ensure_writable(out)
     identity = _identity(subject)
     claim(out / "config.json", identity)
@@ -115,7 +119,7 @@ def evaluate(
             records, details = _run_harness(suite, subject, out, settings.limit or None, summary["suites"].get(suite.name))
             source |= details
         else:
-            records = _run(suite, subject, out, choose(suite.items, settings.limit), progress)
+            records = _run(suite, subject, out, asked[suite.name], shown[suite.name], progress)
         summary["suites"][suite.name] = {"source": source, **summarise(records, suite.metrics, found_in_training[suite.name])}
         write_json(path, summary)
     return summary
@@ -148,6 +152,19 @@ def make_suite(spec: str, chat: Chat, settings: MeasureSettings) -> Suite:
     return SUITES[name](Request(spec=spec, part=part, shots=n or 0, folder=data_folder(settings.data), chat=chat))
 
 
+def _make_all(suites: Sequence[str | Suite], chat: Chat, settings: MeasureSettings) -> list[Suite]:
+    """Every suite; the sets that are missing are named all at once."""
+    made, missing = [], []
+    for suite in suites:
+        try:
+            made.append(suite if isinstance(suite, Suite) else make_suite(suite, chat, settings))
+        except MissingSet as error:
+            missing.append(str(error))
+    if missing:
+        raise MissingSet("\n".join(missing))
+    return made
+
+
 def choose(items: Sequence[Item], limit: int) -> list[Item]:
     """``limit`` of the items (all for 0), spread over the suite by a hash of their ids: the same in every run, and nested."""
     if not limit:
@@ -155,16 +172,40 @@ def choose(items: Sequence[Item], limit: int) -> list[Item]:
     return sorted(items, key=lambda item: hashlib.sha256(item.id.encode()).digest())[:limit]
 
 
-def _run(suite: Suite, subject: Subject, out: Path, items: Sequence[Item], progress: bool) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class _Shown:
+    """A prompt's number of tokens and the SHA-256 of their ids."""
+
+    tokens: int
+    sha256: str
+
+
+def _shown(suite: Suite, subject: Subject, items: Sequence[Item]) -> dict[str, _Shown]:
+    """What the model is shown, by item. Raises :class:`UsageError` for a prompt that is longer than it takes."""
+    found = {}
+    most = getattr(getattr(subject.model, "config", None), "max_position_embeddings", None)
+    for item in items:
+        ids = suite.prompt_ids(subject, item)
+        if most is not None and len(ids) > most:
+            raise UsageError(f"suite {suite.name!r}: the prompt of item {item.id} has {len(ids)} tokens, the model takes {most}; "
+                             "show fewer worked examples (@n), or leave the suite out")
+        found[item.id] = _Shown(len(ids), hashlib.sha256(" ".join(map(str, ids)).encode()).hexdigest())
+    return found
+
+
+def _run(suite: Suite, subject: Subject, out: Path, items: Sequence[Item], shown: Mapping[str, _Shown],
+         progress: bool) -> list[dict[str, Any]]:
     """The records of these items, in their order, each batch on the disk as it ends."""
-    shown = {item.id: suite.prompt_ids(subject, item) for item in items}
-    hashes = {name: hashlib.sha256(" ".join(map(str, ids)).encode()).hexdigest() for name, ids in shown.items()}
-    done = {r["id"]: r for r in read_records(out, suite.name) if r["id"] in hashes}
+    done = {r["id"]: r for r in read_records(out, suite.name) if r["id"] in shown}
+    source = hashlib.sha256(json.dumps(suite.source, sort_keys=True).encode()).hexdigest()
     for name, record in done.items():
-        if record["prompt_sha256"] != hashes[name]:
+        if record["prompt_sha256"] != shown[name].sha256:
             raise UsageError(f"{out} holds results of {suite.name} on other prompts (item {name}); name another folder")
+        if record["source_sha256"] != source:
+            raise UsageError(f"{out} holds results of {suite.name} from another source, whose reference answers may be others; now "
+                             f"it is {json.dumps(suite.source)}; name another folder")
     # Batches are formed before finished items are left out, so that a run that goes on forms the same ones.
-    ordered = sorted(items, key=lambda item: (len(shown[item.id]), item.id))
+    ordered = sorted(items, key=lambda item: (shown[item.id].tokens, item.id))
     batches = [ordered[i : i + subject.batch_size] for i in range(0, len(ordered), subject.batch_size)]
     with (JsonlWriter(out / "items.jsonl") as sink,
           tqdm(total=len(items), initial=len(done), desc=suite.name, unit="item", disable=not progress,
@@ -172,8 +213,8 @@ def _run(suite: Suite, subject: Subject, out: Path, items: Sequence[Item], progr
         for batch in batches:
             left = [item for item in batch if item.id not in done]
             if left:
-                new = [{"suite": suite.name, "id": item.id, **({"group": item.group} if item.group else {}),
-                        "prompt_sha256": hashes[item.id], **record}
+                new = [{"suite": suite.name, "id": item.id, **_parts(item), "prompt_sha256": shown[item.id].sha256,
+                        "source_sha256": source, **record}
                        for item, record in zip(left, suite.measure(subject, left), strict=True)]
                 sink.write(new)
                 done |= {r["id"]: r for r in new}
@@ -181,18 +222,23 @@ def _run(suite: Suite, subject: Subject, out: Path, items: Sequence[Item], progr
     return [done[item.id] for item in items]
 
 
+def _parts(item: Item) -> dict[str, str]:
+    return {name: value for name, value in (("group", item.group), ("cluster", item.cluster)) if value}
+
+
 def _run_harness(suite: Harness, subject: Subject, out: Path, limit: int | None,
                  before: Mapping[str, Any] | None) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Records of a whole task of lm-eval, which are written all together or not at all."""
-    there = read_records(out, suite.name)
-    if before is not None and there:
-        if before["source"]["limit"] != limit:
-            raise UsageError(f"{out} holds {suite.name} with limit {before['source']['limit']}, now {limit}; name another folder")
-        return there, dict(before["source"])
+    """Records of a whole task of lm-eval; a task of which not all is on the disk is run anew."""
+    there = {record["id"]: record for record in read_records(out, suite.name)}
+    if before is not None and before["source"]["limit"] != limit:
+        raise UsageError(f"{out} holds {suite.name} with limit {before['source']['limit']}, now {limit}; name another folder")
+    if before is not None and before["n"] == len(there):
+        return list(there.values()), dict(before["source"])
     records, details = suite.run(subject, limit)
-    if not there:
-        with JsonlWriter(out / "items.jsonl") as sink:
-            sink.write([{"suite": suite.name, **record} for record in records])
+    if other := there.keys() - {record["id"] for record in records}:
+        raise UsageError(f"{out} holds {suite.name} on other items, such as {min(other)}; name another folder")
+    with JsonlWriter(out / "items.jsonl") as sink:
+        sink.write([{"suite": suite.name, **record} for record in records if record["id"] not in there])
     return records, {**details, "limit": limit}
 
 
@@ -204,7 +250,7 @@ def _identity(subject: Subject) -> dict[str, Any]:
             "chat_template_sha256": hashlib.sha256(str(template).encode()).hexdigest(), "precision": subject.precision,
             "generation": {"temperature": subject.temperature, "seed": subject.seed,
                            "max_new_tokens": subject.max_new_tokens or "suite's"},
-            "versions": versions()}
+            "versions": {"sasft": version("sasft"), **versions()}}
 
 
 def _check(suites: Sequence[Suite]) -> None:
@@ -222,9 +268,9 @@ def _check(suites: Sequence[Suite]) -> None:
                              f"{next(i for i in ids if ids.count(i) > 1)!r} is not")
 
 
-def _contaminated(suite: Suite, settings: MeasureSettings) -> list[str] | None:
+def _contaminated(items: Sequence[Item], settings: MeasureSettings) -> list[str] | None:
     """Ids of the items whose question occurs in the training rows; None if nothing was looked at."""
-    asked = {item.id: item.asked for item in choose(suite.items, settings.limit) if item.asked}
+    asked = {item.id: item.asked for item in items if item.asked}
     if settings.training is None or not asked:
         return None
     files: Iterable[str] = (name.strip() for name in settings.training.split(",") if name.strip())

@@ -17,12 +17,19 @@ FOLDER_VARIABLE = "SASFT_SHARED_DATA"
 Rows = list[dict[str, Any]]
 
 
+class MissingSet(UsageError):
+    """A benchmark is neither in the folder of data nor on a hub that can be reached."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Hub:
     """A set on the hub: ``row`` turns its rows into the shape of the local file; those that ``keep`` refuses are left out.
 
     ``revision`` is a commit. Where it is None, the branch ``main`` is resolved to its commit first, which is what the
     provenance then names.
+
+    >>> str(Hub(name="openai/gsm8k", config="main", revision="cc7b047"))
+    'openai/gsm8k (configuration main, split test, revision cc7b047)'
     """
 
     name: str
@@ -31,6 +38,10 @@ class Hub:
     revision: str | None = None
     row: Callable[[dict[str, Any]], dict[str, Any]] = field(default=lambda row: row)
     keep: Callable[[dict[str, Any]], bool] | None = None
+
+    def __str__(self) -> str:
+        config = f"configuration {self.config}, " if self.config else ""
+        return f"{self.name} ({config}split {self.split}, revision {self.revision or 'main'})"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +62,9 @@ class Source:
     def read(self, folder: Path | None) -> tuple[Rows, dict[str, Any]]:
         """The rows and their provenance: the file and its SHA-256, or the hub's name, split and commit.
 
-        The file is read where it is there, else the hub is asked. Raises :class:`UsageError` where neither has the set (and says
-        where to get it and under which name), for an empty set, and for rows without the columns needed.
+        The file is read where it is there, else the hub is asked. Raises :class:`MissingSet` where neither has the set (and says
+        where to get it, under which name and revision), :class:`UsageError` for an empty set and for rows without the columns
+        needed.
         """
         path = None if folder is None else folder / self.file
         if path is not None and path.exists():
@@ -69,18 +81,18 @@ class Source:
         try:
             datasets = importlib.import_module("datasets")
         except ModuleNotFoundError:
-            raise self._missing(f"reading {hub.name} from the hub needs a package: pip install datasets") from None
+            raise self._missing(f"reading {hub} from the hub needs a package: pip install datasets") from None
         try:
             revision = hub.revision or importlib.import_module("huggingface_hub").HfApi().dataset_info(hub.name).sha
             loaded = datasets.load_dataset(hub.name, hub.config, split=hub.split, revision=revision)
             rows = [hub.row(dict(r)) for r in (loaded.filter(hub.keep) if hub.keep else loaded)]
         except Exception as error:  # the hub's client raises errors of many libraries, and all mean the same here
             said = (str(error).splitlines() or [""])[0][:200]
-            raise self._missing(f"{hub.name} can't be read from the hub ({type(error).__name__}: {said})") from error
+            raise self._missing(f"{hub} can't be read from the hub ({type(error).__name__}: {said})") from error
         return rows, {"hub": hub.name, "config": hub.config, "split": hub.split, "revision": revision}
 
-    def _missing(self, why: str) -> UsageError:
-        return UsageError(
+    def _missing(self, why: str) -> MissingSet:
+        return MissingSet(
             f"{self.title} is missing: there is no file {self.file} in a folder of data (which the setting data names, or the "
             f"environment variable {FOLDER_VARIABLE}), and {why}. Get it from {self.home} ({self.form}; the fields needed are "
             f"{', '.join(self.columns)})")

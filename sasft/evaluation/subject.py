@@ -66,7 +66,8 @@ class Subject:
 
     def _answer(self, ids: Sequence[int], finished: bool) -> Answer:
         tokenizer = self.chat.tokenizer
-        special = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
+        added = (token for token, made in tokenizer.added_tokens_decoder.items() if made.special)
+        special = {*added, *tokenizer.all_special_ids}
         end = next((i for i, token in enumerate(ids) if token in special), len(ids))
         return Answer(tokenizer.decode(ids[:end]).strip(), len(ids) + finished, finished, end < len(ids))
 

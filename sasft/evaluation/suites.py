@@ -1,5 +1,6 @@
 """What is asked and how it is scored: items, and the three ways of measuring a model on them."""
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,8 @@ Score = tuple[float, float]  # a total and its weight: a suite's score is the ra
 class Item:
     """One question. ``asked`` is its own text, without what the suite's prompts share, and is what is looked for in training
     data; ``gold`` is what the suite's scorer needs; ``group`` is a part of the suite that is also averaged by itself (MMLU's
-    subjects).
+    subjects); items of one ``cluster`` share a passage or a question, so their scores go together: standard errors and intervals
+    take clusters, not items, for independent.
     """
 
     id: str
@@ -28,6 +30,7 @@ class Item:
     gold: Any = None
     choices: tuple[str, ...] = ()
     group: str = ""
+    cluster: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,8 +79,10 @@ class Chosen(Suite):
     r"""The model takes the choice of largest log-likelihood: :math:`\arg\max_c \log p_\theta(c \mid \text{prompt})`, the first
     if equal.
 
-    ``choices`` are what the assistant's turn would begin with (letters); ``gold`` is the index of the right one. Metrics:
-    ``acc``, and ``nll``, the right choice's negative log-likelihood in nats, which moves before accuracy does.
+    ``choices`` are what the assistant's turn would begin with (letters, or whole answers); ``gold`` is the index of the right
+    one. Metrics: ``acc``; ``nll``, the right choice's negative log-likelihood in nats, which moves before accuracy does; and
+    ``acc_norm`` where the suite names it: the choice of largest log-likelihood a character is taken, as lm-evaluation-harness
+    does, since a sum over tokens favours short answers.
     """
 
     def prompt_ids(self, subject: Subject, item: Item) -> list[int]:
@@ -89,8 +94,11 @@ class Chosen(Suite):
         records = []
         for item in items:
             logprobs = [next(found) for _ in item.choices]
-            chosen = max(range(len(logprobs)), key=logprobs.__getitem__)
-            records.append({"scores": {"acc": _score(float(chosen == item.gold)), "nll": _score(-logprobs[item.gold])},
+            by_length = [total / len(choice) for total, choice in zip(logprobs, item.choices, strict=True)]
+            chosen = logprobs.index(max(logprobs))
+            scores = {"acc": float(chosen == item.gold), "nll": -logprobs[item.gold],
+                      "acc_norm": float(by_length.index(max(by_length)) == item.gold)}
+            records.append({"scores": {metric: _score(scores[metric]) for metric in self.metrics},
                             "choice": item.choices[chosen], "right": item.choices[item.gold], "logprobs": logprobs,
                             "choices": len(item.choices)})
         return records
@@ -118,6 +126,15 @@ class Predicted(Suite):
         sums = {key: getattr(measured, name).to(torch.float64).tolist() for name, key in METRICS.items()}
         return [{"scores": {key: (sums[key][i], float(row.loss_tokens)) for key in sums}, "tokens": row.loss_tokens}
                 for i, row in enumerate(rows)]
+
+
+def cluster_of_text(shared: str) -> str:
+    """A short name for the cluster of items that share this passage; none where they share nothing.
+
+    >>> cluster_of_text("Once upon a time") == cluster_of_text("Once upon a time "), cluster_of_text(" ")
+    (True, '')
+    """
+    return hashlib.sha256(shared.strip().encode()).hexdigest()[:16] if shared.strip() else ""
 
 
 def user(text: str, *before: Mapping[str, str]) -> Messages:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sasft.evaluation.intervals import mean
 from sasft.files import is_torn
 
 Record = Mapping[str, Any]
@@ -24,33 +25,22 @@ def read_records(out: Path | str, suite: str) -> list[dict[str, Any]]:
     return [record for record in records if record["suite"] == suite]
 
 
-def mean(scores: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    r"""Score and standard error from every item's (total, weight).
-
-    :math:`\hat\mu = \sum_i t_i / \sum_i w_i`; :math:`\mathrm{se}^2 = \frac{n}{n-1} \sum_i (t_i - \hat\mu w_i)^2 / (\sum_i
-    w_i)^2`, which for weights of 1 is the sample variance over n. Items are independent, what is inside one need not be. NaN
-    for a single item.
-
-    >>> mean([(1.0, 1.0), (0.0, 1.0), (1.0, 1.0), (0.0, 1.0)])  # (½, √(⅓ / 4))
-    (0.5, 0.28867513459481287)
-    """
-    weight, n = sum(w for _, w in scores), len(scores)
-    value = sum(t for t, _ in scores) / weight
-    if n < 2:
-        return value, math.nan
-    return value, math.sqrt(n / (n - 1) * sum((t - value * w) ** 2 for t, w in scores)) / weight
+def cluster_of(record: Record) -> str:
+    """The cluster of an item, its id where it shares nothing with others."""
+    return record.get("cluster") or f"item {record['id']}"
 
 
 def summarise(records: Sequence[Record], metrics: Sequence[str], contaminated: Sequence[str] | None = None) -> dict[str, Any]:
     """What one suite came to.
 
-    ``scores``: {metric: score, standard error, n}; ``groups``: the headline score of each part and its number of items, and
-    ``macro``, their plain mean; ``prompts_sha256`` over ids and prompt hashes in the order of ids: scores of different hashes
-    are not of the same questions. Of written answers: how many are ``unfinished`` (the length cap cut them: a model that does
+    ``scores``: {metric: score, standard error, n}, and ``clusters``, how many independent ones the n items make, where items
+    share passages or questions; ``groups``: the headline score of each part, and ``macro``, their plain mean, whose standard
+    error is of these parts (not of others that might have been chosen); ``prompts_sha256`` over ids and prompt hashes in the
+    order of ids: scores of different hashes are not of the same questions. Of written answers: how many are ``unfinished`` (the length cap cut them: a model that does
     not stop seems to have forgotten), ``empty``, or ``off_template``. Of items found in the training data: their number and
     ids, and the scores without them.
     """
-    named = [*metrics, *(m for r in records[:1] for m in r["scores"] if m not in metrics)]
+    named = dict.fromkeys([*metrics, *(m for r in records for m in r["scores"])])
     present = [m for m in named if any(m in r["scores"] for r in records)]
     told = sorted((r["id"], r["prompt_sha256"]) for r in records)
     result: dict[str, Any] = {"n": len(records), "scores": _scores(records, present),
@@ -60,10 +50,10 @@ def summarise(records: Sequence[Record], metrics: Sequence[str], contaminated: S
                              "empty": sum(not r["answer"] for r in records),
                              "off_template": sum(r["off_template"] for r in records), "tokens": sum(r["tokens"] for r in records)}
     if groups := sorted({r["group"] for r in records if "group" in r}):
-        headline = [(r.get("group"), r["scores"][present[0]]) for r in records if present[0] in r["scores"]]
-        parts = {g: [score for group, score in headline if group == g] for g in groups}
-        result["groups"] = {g: {"score": mean(scores)[0], "n": len(scores)} for g, scores in parts.items() if scores}
-        result["macro"] = sum(g["score"] for g in result["groups"].values()) / len(result["groups"])
+        headline = [r for r in records if present[0] in r["scores"]]
+        parts = {g: [r for r in headline if r.get("group") == g] for g in groups}
+        result["groups"] = {g: _score(of_group, present[0]) for g, of_group in parts.items() if of_group}
+        result["macro"] = _macro(list(result["groups"].values()))
     if contaminated is not None:
         found = set(contaminated)
         clean = [r for r in records if r["id"] not in found]
@@ -72,13 +62,22 @@ def summarise(records: Sequence[Record], metrics: Sequence[str], contaminated: S
     return result
 
 
-def _scores(records: Sequence[Record], metrics: Sequence[str]) -> dict[str, dict[str, float | None]]:
-    found = {}
-    for metric in metrics:
-        scores = [tuple(r["scores"][metric]) for r in records if metric in r["scores"]]
-        value, error = mean(scores)
-        found[metric] = {"score": value, "stderr": None if math.isnan(error) else error, "n": len(scores)}
-    return found
+def _scores(records: Sequence[Record], metrics: Sequence[str]) -> dict[str, dict[str, Any]]:
+    having = {metric: [r for r in records if metric in r["scores"]] for metric in metrics}
+    return {metric: _score(those, metric) for metric, those in having.items() if those}
+
+
+def _score(records: Sequence[Record], metric: str) -> dict[str, Any]:
+    clusters = [cluster_of(r) for r in records]
+    value, error = mean([tuple(r["scores"][metric]) for r in records], clusters)
+    found = {"score": value, "stderr": None if math.isnan(error) else error, "n": len(records)}
+    return found | ({"clusters": len(set(clusters))} if any(r.get("cluster") for r in records) else {})
+
+
+def _macro(groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    errors = [group["stderr"] for group in groups]
+    return {"score": sum(group["score"] for group in groups) / len(groups), "n": len(groups),
+            "stderr": None if None in errors else math.sqrt(sum(error**2 for error in errors)) / len(groups)}
 
 
 def table(summary: Mapping[str, Any]) -> str:
