@@ -1,7 +1,7 @@
 """Several processes, as ``accelerate launch`` and ``torchrun`` start them: the first one writes, the others wait for it."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -55,6 +55,23 @@ def first_goes_first() -> Iterator[None]:
 def trained_weights(model: nn.Module) -> dict[str, Tensor]:
     """The trainable parameters in one piece each, on the CPU, by canonical name; every process must take part."""
     return {name: whole(p).detach().cpu() for name, p in trainable(model).items()}
+
+
+@torch.no_grad()
+def in_one_piece(model: nn.Module, untrained: Callable[[], nn.Module]) -> nn.Module:
+    """The trained model with whole weights: itself, or if they are sharded, in the first process an ``untrained`` one that is given them.
+
+    Every process must take part; the others get ``model`` back as it is.
+    """
+    if not any(hasattr(p, "full_tensor") for p in model.parameters()):
+        return model
+    weights = trained_weights(model)
+    if dist.get_rank() > 0:
+        return model
+    model = untrained()
+    for name, parameter in trainable(model).items():
+        parameter.copy_(weights[name])
+    return model
 
 
 def _several() -> bool:

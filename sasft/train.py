@@ -26,7 +26,7 @@ from sasft.mixture import Mixture, hold_out, read_mixture
 from sasft.models import LoraSettings, load_model, weights_hash
 from sasft.precision import autocast
 from sasft.probes import run_probes
-from sasft.processes import first_goes_first, join
+from sasft.processes import first_goes_first, in_one_piece, join, sharding_asked
 from sasft.sampling import EXACT
 from sasft.settings import option
 from sasft.sources import Source
@@ -114,8 +114,13 @@ def train(settings: TrainSettings) -> dict[str, Any]:
     ``model/``, ``method/`` (what a method that makes rows has made) and, once finished, ``summary.json``, which says what the
     method has cost beyond SFT. The same call again returns a finished run's summary, or goes on
     with an unfinished one; another configuration in the same folder is refused.
+
+    Under ``accelerate launch`` or ``torchrun`` the processes train together (:func:`sasft.trainer.fit`), and the first one writes.
     """
     first, out = join(), Path(settings.out)
+    if settings.record_every and sharding_asked():
+        raise UsageError(f"record_every is {settings.record_every}, but instruments put the base's weights into the model, which can't be "
+                         "done while these are sharded (FSDP2); set record_every to 0, or take DDP")
     ensure_writable(out)
     method, costs = settings.chosen_method(), Costs()
     text = _general_text(settings.general_text)
@@ -152,14 +157,17 @@ def train(settings: TrainSettings) -> dict[str, Any]:
             probes=run_probes(chat, held_out, text, precision=settings.precision)))
     fitted = replace(settings, lr=method.learning_rate(settings.lr))
     log = fit(model, rows, plan, fitted, pad_id=chat.pad_id, out=out, objective=objective, callbacks=callbacks)
-    if first and settings.save_model:
-        model.save_pretrained(out / "model")
-        tokenizer.save_pretrained(out / "model")
-    summary = {"mix": plan.report(), "method": method.describe(), "costs": costs.describe(),
-               "weights_sha256": weights_hash(model),
-               "recorded": callbacks[0].recorder.latest() if callbacks else {},
-               "loss": [entry["loss"] for entry in log if "loss" in entry]}
-    if first:
+    model = in_one_piece(model, lambda: method.prepare(load(settings)[0], settings.seed))
+    with first_goes_first():
+        if not first:
+            return json.loads(done.read_text(encoding="utf-8"))
+        if settings.save_model:
+            model.save_pretrained(out / "model")
+            tokenizer.save_pretrained(out / "model")
+        summary = {"mix": plan.report(), "method": method.describe(), "costs": costs.describe(),
+                   "weights_sha256": weights_hash(model),
+                   "recorded": callbacks[0].recorder.latest() if callbacks else {},
+                   "loss": [entry["loss"] for entry in log if "loss" in entry]}
         write_json(out / "log.json", log)
         write_json(done, summary)
         shutil.rmtree(out / "checkpoints", ignore_errors=True)  # three times the model's size, and of no use any more

@@ -226,6 +226,7 @@ def fit(
     trainer.train(resume_from_checkpoint=None if last is None else str(last))
     if objective is not None:
         trainer.add_up_costs()
+    trainer.accelerator.wait_for_everyone()  # who goes on may remove checkpoints that others still write
     if settings.activation_checkpointing:
         model.activation_checkpointing_disable()
         model.disable_input_require_grads()

@@ -1,0 +1,189 @@
+"""Two gloo processes, started by ``accelerate launch`` with a configuration for FSDP2, train as one process does."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import yaml
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+
+from sasft.errors import UsageError
+from sasft.methods import Costs, method
+from sasft.models import load_model
+from sasft.processes import trained_weights
+from sasft.train import TrainSettings, train
+from tests.sasft import tiny_chat
+from tests.sasft.methods import cases
+
+CONFIG = {
+    "compute_environment": "LOCAL_MACHINE", "distributed_type": "FSDP", "num_machines": 1, "num_processes": 2, "mixed_precision": "no",
+    "fsdp_config": {"fsdp_version": 2, "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "fsdp_reshard_after_forward": True,
+                    "fsdp_state_dict_type": "SHARDED_STATE_DICT", "fsdp_cpu_ram_efficient_loading": False},
+}
+# name: weights sharded, method, adapters, settings
+RUNS: Mapping[str, tuple[bool, str, bool, dict[str, Any]]] = {
+    "full": (True, "sft", False, {"micro_rows": 1, "save_every": 2}),
+    "packed": (True, "asft", False, {"packing": True, "activation_checkpointing": True}),
+    "adapters": (True, "dft", True, {}),
+    "ddp": (False, "kl-self", False, {"packing": True, "micro_rows": 1}),
+}
+REFUSED = [("l2-sp", False), ("spin", False), ("kl-self", True)]  # method, adapters, where weights are sharded
+
+
+def tied(lora: bool) -> nn.Module:
+    """A model whose head is its embedding, in full or with adapters."""
+    model = tiny_chat.chatty()
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    return method("lora", r=2).prepare(model) if lora else model
+
+
+def train_one(folder: Path, kind: str, lora: bool, **settings) -> tuple[nn.Module, list[tuple[float, float]], dict[str, int]]:
+    """Three steps: the model, the losses and gradient norms, and what it has cost."""
+    model = tied(lora)
+    options = {"max_new_tokens": 6} if kind == "spin" else {}
+    objective, data = cases.started(method(kind, **options), model, cases.rows())
+    log = cases.fit(model, data, cases.plan_of(data, 3), cases.FitSettings(**{**cases.SETTINGS, **settings}), pad_id=0, out=folder,
+                    objective=objective, progress=False)
+    costs = Costs() if objective is None else objective.costs
+    return model, [(e["loss"], e["grad_norm"]) for e in log if "loss" in e], costs.describe()
+
+
+def from_files(folder: Path, out: Path) -> dict[str, Any]:
+    return train(TrainSettings(
+        **{**cases.SETTINGS, "micro_rows": 2, "save_every": 2}, model=str(folder / "model"), task=str(folder / "task.jsonl"), self_data=str(folder / "self.jsonl"),
+        out=str(out), steps=3, rows_per_step=4, record_every=0, lora_rank=2))
+
+
+# --- what each of the two processes does ------------------------------------------------------------------------
+
+
+def sharding(wanted: bool, as_it_was=PartialState._prepare_backend) -> None:
+    """accelerate shards weights over accelerators only; where that is ``wanted`` here, it takes gloo processes on a CPU for such."""
+    def backend(self, *args, **kwargs):
+        if not dist.is_initialized():
+            dist.init_process_group("gloo")
+        return "gloo", DistributedType.MULTI_GPU
+
+    os.environ["ACCELERATE_USE_FSDP"] = str(wanted).lower()
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+    PartialState._prepare_backend = backend if wanted else as_it_was
+
+
+def refusal(action) -> str:
+    with pytest.raises(UsageError) as caught:
+        action()
+    return str(caught.value)
+
+
+def work(folder: Path) -> None:
+    torch.set_num_threads(1)
+    assert os.environ["ACCELERATE_USE_FSDP"] == "true" and os.environ["FSDP_VERSION"] == "2"
+    found: dict[str, Any] = {}
+    for name, (sharded, kind, lora, settings) in RUNS.items():
+        sharding(sharded)
+        model, steps, costs = train_one(folder / name, kind, lora, **settings)
+        assert all(hasattr(p, "full_tensor") for p in model.parameters()) == sharded
+        found[name] = {"weights": trained_weights(model), "steps": steps, "costs": costs}
+    sharding(True)
+    resumed, steps, _ = train_one(folder / "full", "sft", False, **RUNS["full"][3])
+    found["resumed"] = {"weights": trained_weights(resumed), "steps": steps}
+    found["refused"] = {kind: refusal(lambda kind=kind, lora=lora: train_one(folder / "refused", kind, lora)) for kind, lora in REFUSED}
+    found["files"] = {"sharded": from_files(folder, folder / "sharded")}
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "true"
+    found["refused"]["loading"] = refusal(lambda: from_files(folder, folder / "loading"))
+    os.environ.update(FSDP_VERSION="1", FSDP_CPU_RAM_EFFICIENT_LOADING="false", FSDP_SYNC_MODULE_STATES="false")
+    found["refused"]["version"] = refusal(lambda: train_one(folder / "refused", "sft", False))
+    sharding(False)
+    found["files"]["ddp"] = from_files(folder, folder / "ddp-files")
+    torch.save(found, folder / f"found-{dist.get_rank()}.pt")
+    dist.destroy_process_group()
+
+
+# --- the tests -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model and files to train on."""
+    folder = tmp_path_factory.mktemp("two")
+    tiny_chat.save_chatty(folder / "model")
+    for name, said in (("task", "it is so"), ("self", "well well")):
+        lines = ({"prompt": f"{q} {i}", "response": said} for i, q in enumerate(cases.QUESTIONS))
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def both(folder: Path) -> list[dict[str, Any]]:
+    """What the two processes have found."""
+    (folder / "config.yaml").write_text(yaml.safe_dump(CONFIG))
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(folder / "config.yaml"), "--main_process_port", "0",
+               "-m", __name__, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-6000:]
+    return [torch.load(folder / f"found-{rank}.pt", weights_only=False) for rank in (0, 1)]
+
+
+def furthest(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
+    assert a.keys() == b.keys()
+    return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_two_processes_give_the_trajectory_and_the_weights_of_one(name: str, both, tmp_path: Path) -> None:
+    _, kind, lora, settings = RUNS[name]
+    model, steps, costs = train_one(tmp_path, kind, lora, **{**settings, "micro_rows": 4, "packing": False})
+    for found in (of[name] for of in both):
+        assert len(found["steps"]) == 3
+        for one, two in zip(steps, found["steps"], strict=True):
+            assert two == pytest.approx(one, rel=1e-4)
+        assert furthest(trained_weights(model), found["weights"]) < 1e-4 < furthest(trained_weights(tied(lora)), found["weights"])
+        assert found["costs"] == costs
+
+
+def test_sharded_weights_go_on_from_a_checkpoint(both) -> None:
+    for found in both:
+        assert furthest(found["resumed"]["weights"], found["full"]["weights"]) == 0
+        assert found["resumed"]["steps"] == found["full"]["steps"]
+
+
+@pytest.mark.parametrize("what, message", [
+    ("l2-sp", "weights sharded by FSDP2 can't be had with the objective L2Sp, which does more with them than one pass"),
+    ("spin", "weights sharded by FSDP2 can't be had with the objective Spin"),
+    ("kl-self", "with the objective Kl and LoRA, where the base is the model without its adapters"),
+    ("loading", "fsdp_cpu_ram_efficient_loading leaves all processes but the first without the model's weights"),
+    ("version", "accelerate's configuration has fsdp_version 1; set fsdp_version: 2"),
+])
+def test_what_sharded_weights_do_not_allow_is_refused(what: str, message: str, both) -> None:
+    assert all(message in found["refused"][what] for found in both)
+
+
+def test_sharding_without_processes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(UsageError, match="accelerate was told to shard the weights .use_fsdp., which it does over several GPUs only"):
+        train_one(tmp_path, "sft", False)
+
+
+@pytest.mark.parametrize("kind", ["sharded", "ddp"])
+def test_two_processes_leave_the_folder_of_one(kind: str, both, folder: Path, tmp_path: Path) -> None:
+    one = from_files(folder, tmp_path / "one")
+    out = folder / ("sharded" if kind == "sharded" else "ddp-files")
+    assert both[0]["files"][kind] == both[1]["files"][kind] == json.loads((out / "summary.json").read_text())
+    assert both[0]["files"][kind]["loss"] == pytest.approx(one["loss"], rel=1e-4)
+    assert {p.name for p in out.iterdir()} == {p.name for p in (tmp_path / "one").iterdir()}
+    mine, theirs = (trained_weights(load_model(str(where / "model"), device="cpu")[0]) for where in (tmp_path / "one", out))
+    assert furthest(mine, theirs) < 1e-4
+
+
+if __name__ == "__main__":
+    work(Path(sys.argv[1]))
