@@ -46,12 +46,12 @@ class Harness(Suite):
     def run(self, subject: Subject, limit: int | None) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """Records of all items, and what lm-eval says of its tasks: their versions and its own aggregate scores."""
         lm_eval = _library("lm_eval")
-        wrapped = _library("lm_eval.models.huggingface").HFLM(
-            pretrained=subject.model, tokenizer=copy.deepcopy(subject.chat.tokenizer), batch_size=subject.batch_size,
-            mixed_precision_dtype="bfloat16" if subject.precision == "bf16" else None)
         manager = _library("lm_eval.tasks").TaskManager(include_path=self.task_folder)
         try:
             with measuring(subject.model), _random_state_kept():
+                wrapped = _library("lm_eval.models.huggingface").HFLM(
+                    pretrained=subject.model, tokenizer=copy.deepcopy(subject.chat.tokenizer), batch_size=subject.batch_size,
+                    mixed_precision_dtype="bfloat16" if subject.precision == "bf16" else None)
                 found = lm_eval.simple_evaluate(
                     model=wrapped, tasks=[self.task], num_fewshot=self.shots, limit=limit, log_samples=True,
                     task_manager=manager, apply_chat_template=True, fewshot_as_multiturn=True, gen_kwargs=_generation(subject),
@@ -121,4 +121,4 @@ def _library(name: str) -> ModuleType:
         if error.name is None or not name.startswith(error.name):
             raise  # something that lm-eval needs itself
         raise UsageError("suites that begin with lm_eval: need lm-evaluation-harness, which is not installed; run: pip install "
-                         "sasft[eval]") from error
+                         "'sasft[eval]'") from error
