@@ -21,7 +21,7 @@ from sasft.errors import UsageError
 from sasft.files import ensure_writable, sha256_file, write_json
 from sasft.manifest import differences
 from sasft.methods import METHODS, Costs, Method, Workshop, parse_method
-from sasft.mixing import SELF, TASK, Plan, make_plan
+from sasft.mixing import SELF, TASK, Plan, make_plan, mix
 from sasft.mixture import Mixture, hold_out, read_mixture
 from sasft.models import LoraSettings, load_model, weights_hash
 from sasft.precision import autocast
@@ -77,6 +77,9 @@ class TrainSettings(FitSettings):
             if settled:
                 raise UsageError(f"{settled[0]} is {getattr(self, settled[0])}, but the mix {self.mix} has settled that; leave out one "
                                  "of the two (`sasft mix` takes the settings of a mix)")
+            if files := self.chosen_method().files():
+                raise UsageError(f"the method {self.method} reads {next(iter(files.values()))}, but the mix {self.mix} has settled what is "
+                                 "read; leave out one of the two")
         else:
             self._without_a_mix()
         if not self.out:
@@ -94,7 +97,12 @@ class TrainSettings(FitSettings):
                 setattr(self, name, value)
         if not 0 <= self.lam < 1:
             raise UsageError(f"lam (the share of self rows) must lie in [0, 1), got {self.lam}")
-        if self.lam > 0 and not self.self_data:
+        method = self.chosen_method()
+        shares = method.shares(self.lam)
+        if unread := shares.keys() - {TASK, SELF, *method.files()}:
+            raise UsageError(f"the method {self.method} mixes in rows of the source {min(unread)!r}, of which there are none; name their "
+                             "file with --method_options file=FILE, or mix them with `sasft mix` and give --mix")
+        if shares[SELF] > 0 and not self.self_data:
             raise UsageError(f"lam is {self.lam}, but self_data names no file; write self-dialogues with "
                              "`sasft talk` and name them with --self_data, or set --lam 0")
         for name in ("steps", "rows_per_step", "max_tokens"):
@@ -189,7 +197,7 @@ def read_material(settings: TrainSettings) -> Material:
         mixture = read_mixture(settings.mix)
         report = json.loads((Path(settings.mix) / "mix.json").read_text(encoding="utf-8"))
         return Material({TASK: [], SELF: [], **mixture.rows}, {name: report[name] for name in ("rows_sha256", "held_out")}, mixture)
-    files = {TASK: settings.task, **({SELF: settings.self_data} if settings.self_data else {})}
+    files = {TASK: settings.task, **({SELF: settings.self_data} if settings.self_data else {}), **settings.chosen_method().files()}
     sources = {name: Source.parse(file) for name, file in files.items()}
     return Material({TASK: [], SELF: [], **{name: read_rows(source) for name, source in sources.items()}},
                     {name: source.sha256() for name, source in sources.items()})
@@ -231,10 +239,15 @@ def encode(settings: TrainSettings, material: Material, made: Mapping[str, Seque
 
 
 def lay_out(settings: TrainSettings, material: Material, rows: Rows) -> Plan:
-    """The rows of every step: the mix's, or those that ``lam`` says."""
+    """The rows of every step: the mix's, or those that the method makes of ``lam``."""
     if material.mixture is None:
-        return make_plan([r.loss_tokens for r in rows[TASK]], [r.loss_tokens for r in rows[SELF]], steps=settings.steps,
-                         lam=settings.lam, rows_per_step=settings.rows_per_step, seed=settings.seed)
+        shares = settings.chosen_method().shares(settings.lam)
+        tokens = {source: [row.loss_tokens for row in rows[source]] for source in shares}
+        given = {"steps": settings.steps, "rows_per_step": settings.rows_per_step, "seed": settings.seed}
+        if shares.keys() == {TASK, SELF}:
+            return make_plan(tokens[TASK], tokens[SELF], lam=shares[SELF], **given)
+        shares = {source: share for source, share in shares.items() if share}
+        return mix({source: tokens[source] for source in shares}, shares, **given)
     plan = material.mixture.plan
     for source, tokens in plan.tokens.items():
         if len(rows[source]) != len(tokens):

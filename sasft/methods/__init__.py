@@ -15,6 +15,7 @@ from sasft.errors import UsageError
 from sasft.methods import (
     constraints,
     divergence,
+    external,
     grads,
     lfu,
     penalties,
@@ -31,7 +32,7 @@ __all__ = ["METHODS", "Batch", "Costs", "Method", "Objective", "Scored", "Worksh
 
 METHODS: dict[str, type[Method]] = {kind.name: kind for kind in (
     Method,
-    constraints.SaSft, constraints.Freeze, constraints.Lora, constraints.LowLearningRate, constraints.WiseFt,
+    constraints.SaSft, external.External, constraints.Freeze, constraints.Lora, constraints.LowLearningRate, constraints.WiseFt,
     penalties.L2Sp, penalties.Ewc,
     divergence.KlSelf, divergence.KlTask, divergence.OnlineReplay,
     weighting.Stm, weighting.Dft, weighting.Asft, weighting.Ual,

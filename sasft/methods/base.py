@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sasft.chat import IGNORE, Chat, Encoded
 from sasft.data import Row
+from sasft.mixing import SELF, TASK
 from sasft.writing import Writer
 
 Batch = Mapping[str, Any]
@@ -104,8 +105,16 @@ class Method:
     paper: ClassVar[str] = ""
     writes: ClassVar[bool] = False  # whether ``rows`` needs the workshop's writer
 
+    def files(self) -> Mapping[str, str]:
+        """Further sources of rows to be read, by name, each as :class:`sasft.sources.Source` takes it."""
+        return {}
+
+    def shares(self, lam: float) -> dict[str, float]:
+        """Share of each source in the rows read, ``lam`` being that of all but the task's."""
+        return {TASK: 1 - lam, SELF: lam}
+
     def rows(self, sources: Mapping[str, Sequence[Row]], workshop: Workshop) -> dict[str, list[Row]]:
-        """The rows to train on, by source. The mix reads ``task`` and ``self``; others are companions for later stages."""
+        """The rows to train on, by source. Those that ``shares`` does not name are companions for later stages."""
         return {source: list(rows) for source, rows in sources.items()}
 
     def prepare(self, model: nn.Module, seed: int = 0) -> nn.Module:

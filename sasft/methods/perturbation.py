@@ -11,7 +11,7 @@ import numpy as np
 from sasft.content import read
 from sasft.data import Row
 from sasft.errors import UsageError
-from sasft.files import write_json
+from sasft.files import ensure_writable, write_json
 from sasft.methods.base import Method, Workshop
 from sasft.methods.checks import check_weights
 from sasft.methods.written import writing
@@ -78,6 +78,7 @@ class Perturbed(Method):
             found[TASK], refusals = self._paraphrased(before, rate, workshop)
         else:
             found[TASK] = [self._noisy(row, rate, workshop.seed) for row in before]
+        ensure_writable(workshop.folder)
         changed = sum(new.prompt != old.prompt for new, old in zip(found[TASK], before, strict=True))
         write_json(workshop.folder / f"{self.name}.json", {
             "rows": len(before), "changed": changed, "level": self.level, "rate": rate, "refused": dict(refusals)})

@@ -37,6 +37,7 @@ def test_slearnllm_trains_on_what_the_model_does_not_answer(tmp_path: Path) -> N
     shop = workshop(tmp_path)
     model, chat = shop.writer.model, shop.chat
     own = [chat.tokenizer.decode(greedy_answer(model, chat, chat.prompt_ids(({"role": "user", "content": q},)), 7)) for q in QUESTIONS]
+    assert all(own)
     rows = task_rows([(q, own[i] if i % 2 else "a cat, no doubt") for i, q in enumerate(QUESTIONS)])
     chosen = method("slearnllm", max_new_tokens=7)
     found = chosen.rows({TASK: rows, SELF: [rows[0]]}, shop)
@@ -52,6 +53,11 @@ def test_graders(grader: str, wrong: set[str], tmp_path: Path) -> None:
     answers = {"2 + 2?": "4.", "3 + 3?": "That makes 3 + 3 = 6", "5 + 5?": "It is twelve, or 12", "7 + 7?": "7 + 7 = 15"}
     rows = task_rows([("2 + 2?", "4"), ("3 + 3?", "3 + 3 = 6"), ("5 + 5?", "5 + 5 = 10"), ("7 + 7?", "7 + 7 = 14")])
     assert set(kept(method("slearnllm", grader=grader), rows, workshop(tmp_path, answers.__getitem__))) == wrong
+
+
+def test_an_answer_at_the_mark_is_right(tmp_path: Path) -> None:
+    rows = task_rows([("x", "a b"), ("y", "a b")])  # ROUGE-L of "a c" is ½, that of "c a d" ⅖
+    assert kept(method("slearnllm", grader="rouge"), rows, workshop(tmp_path, {"x": "a c", "y": "c a d"}.__getitem__)) == ["t1"]
 
 
 def test_the_choice_does_not_depend_on_the_order_of_rows_nor_on_their_ids(tmp_path: Path) -> None:
@@ -87,7 +93,9 @@ def test_the_model_grades_its_own_answers(think: int, tmp_path: Path) -> None:
     for row in rows:
         answer = chat.tokenizer.decode(greedy_answer(model, chat, ids_of(row.prompt[0]["content"]), 7))
         prompt = ids_of(against_reference(row.prompt[0]["content"], row.response, answer, think=think > 0))
-        prompt += greedy_answer(model, chat, prompt, think)
+        reasoning = greedy_answer(model, chat, prompt, think)
+        assert len(reasoning) == think
+        prompt += reasoning
         lead = "\n\n" if think else ""
         p = np.array([math.exp(log_likelihood(model, chat, prompt, f"{lead}Grade: {k}")) for k in range(1, 6)])
         wanted.append(((p * np.arange(1, 6)).sum() / p.sum() - 1) / 4)
@@ -273,6 +281,17 @@ def test_grads_keeps_typical_or_large_rows_after_an_epoch(lora: bool, tmp_path: 
         assert found[TASK] == [data[TASK][i] for i in sorted(order[:4])] and found[SELF] == data[SELF]
         assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
         assert costs.backward_tokens == 2 * sum(len(r.input_ids) for r in data[TASK]) and costs.forward_tokens == 0
+
+
+def test_density_is_that_of_the_logarithm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One row among the small norms is lonely on the logarithm's scale alone, one among the large ones on the norm's alone."""
+    norms = np.array([0.001, 1.0, 1.1, 1.2, 1.3, 9.0, 12.0, 16.0])
+    monkeypatch.setattr("sasft.methods.grads._one_epoch", lambda *args: None)
+    monkeypatch.setattr("sasft.methods.grads._row_norms", lambda *args: norms)
+    data = cases.rows()
+    found = method("grads", share=0.875).encoded(data, cases.tiny(), 0, Costs())[TASK]
+    assert found == data[TASK][1:]
+    assert density(norms).argmin() == 7
 
 
 def test_random_rows_are_as_many_and_cost_nothing() -> None:

@@ -15,11 +15,12 @@ from tests.sasft.methods import scripted
 
 
 def workshop(folder: Path, says: Callable[[str], str] | None = None, seed: int = 0) -> Workshop:
-    """With the tiny model as its writer, or with one that answers the user's last turn as ``says`` has it."""
+    """With the tiny model as its writer, one that does not end its turn at once, or with one that answers the user's last turn as
+    ``says`` has it."""
     if says is not None:
         return scripted.workshop(folder, lambda text, _: says(text.rpartition("<|im_start|>user\n")[2].partition("<|im_end|>")[0]), seed)
     chat = tiny_chat.chat()
-    writer = Writer(model=tiny_chat.chatty(), chat=chat, sampler=EXACT, provenance={"weights_sha256": "mine"}, precision="fp32",
+    writer = Writer(model=tiny_chat.chatty(end=0.0), chat=chat, sampler=EXACT, provenance={"weights_sha256": "mine"}, precision="fp32",
                     batch_size=3)
     return Workshop(chat=chat, folder=folder, writer=writer, seed=seed)
 
