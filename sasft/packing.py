@@ -19,6 +19,7 @@ def pack(rows: Sequence[Encoded]) -> dict[str, Any]:
     ``position_ids`` start again at 0 with every row. By that, where it is given no attention mask, transformers tells packed rows
     apart: each token sees its own row alone (a block-diagonal mask for ``eager``, ``sdpa`` and ``flex_attention``, the rows'
     bounds for ``flash_attention``). :func:`check_rows_apart` makes sure of it. ``attention_mask`` is 1 throughout, for counting.
+    A masked attention still spends its time on all T² pairs, ``flash_attention`` and ``flex_attention`` on those within rows.
 
     Raises :class:`UsageError` if a row's first token, which nothing predicts, is in the loss.
 

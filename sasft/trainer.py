@@ -208,6 +208,7 @@ def fit(
         disable_tqdm=not progress,
         use_cpu=next(model.parameters()).device.type == "cpu",
     )
+    args.mixed_precision = "no"  # the settings say it, and not accelerate's configuration
     batches = MicroBatches(plan, rows, settings.micro_rows, args.world_size, args.process_index, packing=settings.packing,
                            micro_tokens=settings.micro_tokens)
     if batches.a_process > 1 and any(not s.accumulate for s in sources):

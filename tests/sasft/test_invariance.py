@@ -59,7 +59,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[float, float]]
 
 @pytest.mark.parametrize("settings", [
     {"micro_rows": 4}, {"micro_rows": 3}, {"micro_rows": 1},
-    {"packing": True}, {"packing": True, "micro_rows": 2}, {"packing": True, "micro_tokens": 150},
+    {"packing": True, "micro_rows": 2}, {"packing": True, "micro_tokens": 150},
     {"activation_checkpointing": True}, {"activation_checkpointing": True, "packing": True, "micro_rows": 2},
     {"attention": "eager"}, {"attention": "eager", "packing": True},
 ], ids=str)
@@ -86,6 +86,13 @@ def side_by_side(rows: Sequence[Encoded], pad_id: int, left: bool) -> dict:
 def test_the_side_of_padding_changes_nothing(left: bool, plain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(BATCHES, "collate", lambda rows, pad_id: side_by_side(rows, pad_id, left))
     assert the_same(trained(tmp_path), plain)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_the_precision_is_that_of_the_settings_under_any_launcher(precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = trained(tmp_path / "a", precision=precision)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16" if precision == "fp32" else "no")
+    assert trained(tmp_path / "b", precision=precision) == expected
 
 
 def test_self_rows_that_are_not_read_change_nothing(tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """Training against a loop written out, and the ways in which two trainings must be one."""
 
 import json
-import os
 import random
 import subprocess
 import sys
@@ -393,7 +392,7 @@ print(weights_hash(model))
 """
 
 
-@pytest.mark.skipif("SASFT_SLOW" not in os.environ, reason="takes minutes: set SASFT_SLOW=1")
+@pytest.mark.slow
 def test_a_run_killed_ten_times_ends_with_the_same_weights(tmp_path: Path) -> None:
     """SIGKILL at random moments, saving included: whenever a new checkpoint appears, and a random while after."""
     def start(out: Path) -> subprocess.Popen:
