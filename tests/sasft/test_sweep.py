@@ -1,0 +1,183 @@
+"""Every combination of settings trained and evaluated into one table, cell by cell, whatever becomes of the others."""
+
+import csv
+import json
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+import sasft.sweep
+from sasft.errors import UsageError
+from sasft.evaluation import EvaluateSettings
+from sasft.evaluation import run as evaluation
+from sasft.files import sha256_file
+from sasft.models import load_model, weights_hash
+from sasft.sweep import SweepSettings, read_cells, sweep
+from sasft.train import TrainSettings, train
+from sasft.workers import call
+from tests.sasft import tiny_chat
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    tiny_chat.save_chatty(tmp_path / "model")
+    for name in ("one", "two", "self"):
+        rows = [{"prompt": f"Say {name} {i}", "response": f"well, {name}"} for i in range(6)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Cells run in this process, one after the other; their names as they begin."""
+    begun = []
+
+    def run(jobs, workers, threads):
+        for job in jobs:
+            begun.append(job.arguments[0].name)
+            yield job, call(job, 1)
+
+    monkeypatch.setattr(sasft.sweep, "in_processes", run)
+    return begun
+
+
+def plan(folder: Path, *, arms=None, evaluate=None, **changed) -> SweepSettings:
+    settings = {"model": str(folder / "model"), "task": str(folder / "one.jsonl"), "self_data": str(folder / "self.jsonl"), "steps": 2, "rows_per_step": 2,
+                "precision": "fp32", "record_every": 2, "probe_rows": 1, "lr": "1e-3", **changed}
+    parts = {"train": settings, **({"arms": arms} if arms else {}), **({"evaluate": evaluate} if evaluate else {})}
+    (folder / "plan.yaml").write_text(yaml.safe_dump(parts, sort_keys=False))
+    return SweepSettings(file=str(folder / "plan.yaml"), out=str(folder / "sweep"))
+
+
+def rows_of(folder: Path) -> list[dict]:
+    return pq.read_table(folder / "sweep" / "sweep.parquet").to_pylist()
+
+
+def test_one_table_of_every_cell_with_what_it_hangs_on(folder: Path, here: list[str]) -> None:
+    text = folder / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog " * 3)
+    arms = [{"name": "task-only", "task": str(folder / "one.jsonl")}, {"name": "l2", "method": "l2-sp", "method_options": ["weight=1"]}]
+    settings = plan(folder, lam=0, arms=arms, evaluate={"suites": f"text:{text}"}, task=[str(folder / "one.jsonl"), str(folder / "two.jsonl")])
+    done = sweep(settings)
+    assert done.cells == 4 and not done.failed and done.table == folder / "sweep" / "sweep.csv"
+    assert here == ["base", "task-only", "l2,task=one,method_options=weight=1", "l2,task=two,method_options=weight=1"]
+    rows = rows_of(folder)
+    one = {r["metric"]: r for r in rows if r["cell"] == "l2,task=two,method_options=weight=1" and r["suite"] == "training"}
+    assert {"loss", "drift/l2", "costs/forward_tokens"} <= set(one)
+    loss = one["loss"]
+    assert (loss["arm"], loss["method"], loss["method_options"], loss["lr"], loss["steps"], loss["lam"]) == ("l2", "l2-sp", "weight=1", 1e-3, 2, 0.0)
+    assert loss["task_sha256"] == sha256_file(folder / "two.jsonl") and loss["self_sha256"] == sha256_file(folder / "self.jsonl")
+    assert "torch" in loss["versions"] and loss["general_text"] is None
+    with done.table.open(newline="") as file:
+        assert [(r["cell"], r["metric"], r["value"]) for r in csv.DictReader(file)] == [(r["cell"], r["metric"], str(r["value"])) for r in rows]
+
+    given = {f: loss[f] for f in ("model", "task", "self_data", "steps", "rows_per_step", "precision", "record_every", "probe_rows", "lr", "lam", "method",
+                                  "method_options")}
+    alone = train(TrainSettings(**given, out=str(folder / "alone")))
+    assert loss["value"] == alone["loss"][-1] and one["drift/l2"]["value"] == alone["recorded"]["drift/l2"]
+    for cell, model in (("base", folder / "model"), (loss["cell"], folder / "alone" / "model")):
+        expected = evaluation(EvaluateSettings(model=str(model), suites=f"text:{text}", out=str(folder / f"evaluated-{cell}")))
+        [nll] = [r for r in rows if r["cell"] == cell and r["metric"] == "nll/model"]
+        assert nll["suite"] == f"text:{text}" and nll["value"] == expected["suites"][nll["suite"]]["scores"]["nll/model"]["score"]
+        assert nll["weights_sha256"] == weights_hash(load_model(str(model))[0]) and nll["n"] == 1
+    assert {r["arm"] for r in rows} == {"base", "task-only", "l2"} and all(r["steps"] is None for r in rows if r["arm"] == "base")
+
+
+def test_what_fails_stops_no_other_and_is_tried_again(folder: Path, here: list[str], capsys: pytest.CaptureFixture) -> None:
+    (folder / "bad.jsonl").write_text('{"prompt": "no response"}\n')
+    settings = plan(folder, lam=0, task=[str(folder / "bad.jsonl"), str(folder / "one.jsonl")])
+    done = sweep(settings)
+    assert list(done.failed) == ["sft,task=bad"] and "bad.jsonl" in done.failed["sft,task=bad"]
+    assert {r["cell"] for r in rows_of(folder)} == {"sft,task=one"} and "sft,task=bad failed: UsageError" in capsys.readouterr().err
+    assert "Traceback" in (folder / "sweep" / "cells" / "sft,task=bad" / "log.txt").read_text()
+    with pytest.raises(UsageError, match=r"1 of 2 cells failed; the same command tries them again, .*\n  sft,task=bad: UsageError: .*bad.jsonl"):
+        done.check()
+    here.clear()
+    assert list(sweep(settings).failed) == here == ["sft,task=bad"], "what is done is not done again"
+
+
+def test_a_stopped_cell_goes_on_and_cells_may_join(folder: Path, here: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(settings):
+        raise KeyboardInterrupt
+
+    settings = plan(folder, lam=0, evaluate={"suites": "text"}, save_model=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(sasft.sweep, "run_evaluation", stop)
+        patch.setattr(sasft.sweep, "_bases", lambda *_: [])
+        with pytest.raises(KeyboardInterrupt):
+            sweep(settings)
+    model = folder / "sweep" / "cells" / "sft" / "run" / "model"
+    assert model.exists() and not (folder / "sweep" / "cells" / "sft" / "result.json").exists()
+    monkeypatch.setattr(sasft.sweep, "run_evaluation", lambda s: {"identity": {"weights_sha256": Path(s.model).name}, "suites": {}})
+    before = (folder / "sweep" / "cells" / "sft" / "run" / "summary.json").stat().st_mtime_ns
+    assert not sweep(settings).failed
+    assert (folder / "sweep" / "cells" / "sft" / "run" / "summary.json").stat().st_mtime_ns == before, "the training is not run again"
+    assert not model.exists(), "save_model is false: it was there for the evaluation"
+    here.clear()
+    assert not sweep(plan(folder, evaluate={"suites": "text"}, save_model=False, arms=[{"lam": 0}, {"name": "slow", "lam": 0, "lr": 1e-6}])).failed
+    assert here == ["slow"]
+
+
+def test_cells_that_are_there_with_other_settings_or_data_are_refused(folder: Path, here: list[str]) -> None:
+    sweep(plan(folder, lam=0))
+    with pytest.raises(UsageError, match=r"cells/sft holds another run \(train.steps is 2, now 3\)"):
+        sweep(plan(folder, lam=0, steps=3))
+    (folder / "one.jsonl").write_text('{"prompt": "Other", "response": "data"}\n')
+    with pytest.raises(UsageError, match=r"files.task is '.*', now '"):
+        sweep(plan(folder, lam=0))
+    assert len(here) == 1
+
+
+@pytest.mark.parametrize(("changed", "message"), [
+    ({"lr": [1e-3, -1]}, r"plan.yaml, sft,lr=-1: lr must be > 0, got -1.0"),
+    ({"lr": "fast"}, r"plan.yaml, sft: argument --lr: invalid float value: 'fast'"),
+    ({"steps": 2.5}, "argument --steps: invalid int value: '2.5'"),
+    ({"save_model": "perhaps"}, "argument --save_model.*: .* got perhaps"),
+    ({"out": "x"}, "plan.yaml, sft: out is given, but the sweep makes a folder for every cell"),
+    ({"sped": 9}, "plan.yaml, sft has no option --sped"),
+    ({"seed": []}, "seed in .*plan.yaml is an empty list"),
+    ({"arms": [{"lam": 0}, {"lam": 0.1}]}, "two cells would be named sft; give the arms different names"),
+    ({"arms": [{"name": "base"}]}, "an arm is named 'base', which the untrained model is"),
+    ({"seed": [1, 1]}, "two cells would be named sft,seed=1; they are the same"),
+    ({"arms": "all"}, "arms in .* must be a list of settings, one entry an arm, got 'all'"),
+    ({"method": "sftt"}, "there is no method 'sftt'. Did you mean sft"),
+    ({"evaluate": {"suites": "text", "model": "m"}}, "plan.yaml, evaluate: model is given, but the sweep evaluates the models that it trains"),
+    ({"evaluate": {"limit": -1}}, "plan.yaml, evaluate: limit must be at least 0, got -1"),
+])
+def test_a_plan_that_cannot_be_is_refused_before_any_work(folder: Path, here: list[str], changed: dict, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        sweep(plan(folder, **{"lam": 0, **changed}))
+    assert not here
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("- a", "must hold `train:`"), ("train: 3", "must hold `train:`"), ("{train: {}, fun: 1}", "it holds train, fun"), ("train: [", "can't be read")])
+def test_a_file_that_is_no_plan(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "plan.yaml").write_text(text)
+    with pytest.raises(UsageError, match=message):
+        read_cells(tmp_path / "plan.yaml", tmp_path)
+
+
+@pytest.mark.parametrize(("given", "message"), [
+    ({"file": ""}, "file is missing: YAML file"), ({"workers": 0}, "workers must be at least 1, got 0"),
+    ({"gpus": 0.5}, "gpus is 0.5, but it is an option of Ray"), ({"ray": "local", "workers": 4}, "workers is 4, but on Ray")])
+def test_settings_that_contradict_each_other(given: dict, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        SweepSettings(**{"file": "plan.yaml", "out": "sweep", **given})
+
+
+def test_on_ray_cells_say_what_they_take(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(sasft.sweep, "on_ray", lambda jobs, address, **needs: asked.append((len(jobs), address, needs)) or iter(()))
+    settings = plan(folder, lam=0, seed=[0, 1])
+    sweep(SweepSettings(file=settings.file, out=settings.out, ray="auto", cpus=3, gpus=0.5))
+    assert asked == [(2, "auto", {"cpus": 3, "gpus": 0.5})]
+
+
+def test_in_processes_of_their_own(folder: Path) -> None:
+    settings = plan(folder, lam=0, record_every=0, save_model=False)
+    done = sweep(SweepSettings(file=settings.file, out=settings.out, cpus=1))
+    done.check()
+    assert str(done) == f"1 of 1 cells done: {done.table} (sweep.parquet beside it)" and {r["cell"] for r in rows_of(folder)} == {"sft"}
