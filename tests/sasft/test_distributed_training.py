@@ -16,6 +16,7 @@ from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
+import drift
 from sasft.errors import UsageError
 from sasft.methods import Costs, method
 from sasft.models import load_model
@@ -48,12 +49,14 @@ def tied(lora: bool) -> nn.Module:
 
 
 def train_one(folder: Path, kind: str, lora: bool, **settings) -> tuple[nn.Module, list[tuple[float, float]], dict[str, int]]:
-    """Three steps: the model, the losses and gradient norms, and what it has cost."""
+    """Three steps: the model, the losses and gradient norms, and what it has cost; packed, also a record of drift and alignment."""
     model = tied(lora)
+    sources = drift.SourceGradients(model, ["task", "self"], folds=1)
+    recorder = drift.DriftCallback(folder / "drift", reference=drift.Reference.snapshot(model), probes=[sources], every=1)
     options = {"max_new_tokens": 6} if kind == "spin" else {}
     objective, data = cases.started(method(kind, **options), model, cases.rows())
     log = cases.fit(model, data, cases.plan_of(data, 3), cases.FitSettings(**{**cases.SETTINGS, **settings}), pad_id=0, out=folder,
-                    objective=objective, progress=False)
+                    objective=objective, progress=False, callbacks=[recorder] if kind == "asft" else [])
     costs = Costs() if objective is None else objective.costs
     return model, [(e["loss"], e["grad_norm"]) for e in log if "loss" in e], costs.describe()
 
@@ -149,6 +152,22 @@ def test_two_processes_give_the_trajectory_and_the_weights_of_one(name: str, bot
             assert two == pytest.approx(one, rel=1e-4)
         assert furthest(trained_weights(model), found["weights"]) < 1e-4 < furthest(trained_weights(tied(lora)), found["weights"])
         assert found["costs"] == costs
+
+
+def test_instruments_see_in_sharded_weights_what_they_see_in_whole_ones(both, folder: Path, tmp_path: Path) -> None:
+    """Drift, and products of the sources' gradients, of packed rows that two processes share."""
+    def measured(out: Path) -> dict[tuple, float]:
+        recording = drift.load(out / "drift")
+        assert recording.meta["coverage"]["sources"] == {"covered": 1.0, "missing": {}}
+        return {(r["step"], r["metric"], r["layer"], r["source"]): r["value"] for r in recording.table.to_pylist()
+                if r["metric"] in ("drift/l2", "align/raw_inner") and not r["module"]}
+
+    train_one(tmp_path, "asft", False)
+    one, two = measured(tmp_path), measured(folder / "packed")
+    assert one.keys() == two.keys() and {metric for _, metric, _, _ in one} == {"drift/l2", "align/raw_inner"}
+    scale = max(value for (_, metric, *_), value in one.items() if metric == "align/raw_inner")
+    for key, value in one.items():
+        assert two[key] == pytest.approx(value, rel=1e-3, abs=1e-5 * scale), key
 
 
 def test_sharded_weights_go_on_from_a_checkpoint(both) -> None:
