@@ -16,7 +16,7 @@ from tests.sasft.methods import cases
 
 METHODS = {
     "sft": {}, "kl-self": {}, "l2-sp": {"weight": 3.0}, "online-replay": {"rows_per_step": 2, "buffer": 2, "max_new_tokens": 6},
-    "spin": {"max_new_tokens": 6}, "lfu": {"variant": "steering"}, "wise-ft": {},
+    "spin": {"max_new_tokens": 6}, "lfu": {"variant": "steering"}, "wise-ft": {}, "grads": {"lr": 1e-2},
 }
 
 

@@ -30,7 +30,7 @@ ACTIVE = {
     "lfu": {"variant": "steering"},
 }
 NOT_FROM_ROWS = [name for name in METHODS if not METHODS[name].writes]
-TRAINED = [name for name in NOT_FROM_ROWS if name not in ("sft", "sa-sft", "low-lr", "lora", "freeze")]
+TRAINED = [name for name in NOT_FROM_ROWS if name not in ("sft", "sa-sft", "external", "low-lr", "lora", "freeze")]
 
 
 @pytest.fixture(scope="module")
