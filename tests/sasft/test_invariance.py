@@ -69,6 +69,30 @@ def test_one_trajectory(settings: dict, plain, tmp_path: Path) -> None:
     assert not the_same(found, [(loss * 1.001, norm) for loss, norm in plain])
 
 
+def passes(folder: Path, **settings) -> tuple[list[tuple[int, int]], int]:
+    """The shapes of the batches that the model is given in training, and how often its first layer runs."""
+    model, data = cases.tiny(), cases.rows()
+    shapes: list[tuple[int, int]] = []
+    runs: list[int] = []
+    model.model.embed_tokens.register_forward_hook(lambda module, args, output: shapes.append(tuple(args[0].shape)) if module.training else None)
+    model.model.layers[0].mlp.register_forward_pre_hook(lambda module, args: runs.append(1) if module.training else None)
+    fit(model, data, cases.plan_of(data), FitSettings(**{**cases.SETTINGS, **settings}), pad_id=0, out=folder, progress=False)
+    return shapes, len(runs)
+
+
+def test_what_is_asked_for_is_what_runs(tmp_path: Path) -> None:
+    """The trajectories above are of batches that do differ: no padding, so many tokens at most, layers run anew."""
+    data = cases.rows()
+    tokens = sum(len(data[s][i].input_ids) for step in cases.plan_of(data) for s, i in step)
+    plain, layers = passes(tmp_path / "a")
+    assert plain[0][0] == 4 and sum(rows * width for rows, width in plain) > tokens and layers == len(plain) == 4
+    packed, _ = passes(tmp_path / "b", packing=True)
+    assert len(packed) == 4 and {rows for rows, _ in packed} == {1} and sum(width for _, width in packed) == tokens
+    limited, layers = passes(tmp_path / "c", packing=True, micro_tokens=150, activation_checkpointing=True)
+    assert max(width for _, width in limited) <= 150 < max(width for _, width in packed) and sum(width for _, width in limited) == tokens
+    assert layers == 2 * len(limited)
+
+
 def side_by_side(rows: Sequence[Encoded], pad_id: int, left: bool) -> dict:
     """As :func:`sasft.chat.collate`, with all padding on one side."""
     width = max(len(row.input_ids) for row in rows)
