@@ -163,10 +163,9 @@ def push(place: Place, repeats: int, n: int = 8, batches: int = 6) -> Iterator[C
     """How self-data answer a drift, against Fδ."""
     pool = Pool(place, ("self",), repeats, n * batches, 4)
     base = drift.Reference.snapshot(place.base)
-    own = Expected(place.bases.model, flow(place.sources["self"]))
-    force = own.gradient(place.by_name(place.weights))
-    matrix = exact.fisher(place.bases.model, place.bases.one(place.seed), prompts_of(ALL))
-    truth = float(force @ place.drift / (place.drift @ matrix @ place.drift))
+    own = flow(place.sources["self"])
+    force = Expected(place.bases.model, own).gradient(place.by_name(place.weights))
+    truth = float(force @ place.drift / exact.quadratic(place.bases.model, place.bases.one(place.seed), own, place.drift))
 
     def estimate(k: int) -> fisher.RestoringForce:
         return fisher.restoring_force(place.drifted, base, [place.batch(x) for x in pool.drawn["self"][k].view(batches, n)])

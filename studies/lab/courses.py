@@ -53,11 +53,12 @@ def _accounts(bases: Bases, seed: int, start: Start, arms: Mapping[str, Arm], dr
         f = arms[arm](bases, seed)
         of_data = {"perplexity": (-(f * bases.log_p[seed]).sum() / f.sum()).item(), "style_distance": style_distance(bases, seed, f),
                    "no_replay": 1 - replay(bases, seed, f)}
+        whole = (_quadratic(start.fisher_others, delta) / tokens).tolist()
+        diagonal = (start.fisher_others.diagonal() * delta**2).sum(1) / 2 / tokens
         for k, step in enumerate(bases.setup.record):
             spectral = max(torch.linalg.matrix_norm(p, 2).item() for p in unflat(delta[k], like).values() if p.dim() == 2)
             yield {"arm": arm, "seed": seed, "step": step, "tokens": step * f.sum().item(),
-                   "fisher": (_quadratic(start.fisher_others, delta[k]) / tokens).item(),
-                   "fisher_diagonal": ((start.fisher_others.diagonal() * delta[k] ** 2).sum() / 2 / tokens).item(),
+                   "fisher": whole[k], "fisher_diagonal": diagonal[k].item(),
                    "l2": delta[k].norm().item(), "relative": delta[k].norm().item() / length, "spectral": spectral,
                    **{f"along_{name}": (delta[k] @ v).norm().item() for name, v in spans.items()}, **of_data}
 

@@ -27,8 +27,7 @@ def encoded(numbers: Tensor) -> list[Encoded]:
 
 
 def module(params: Mapping[str, Tensor], width: int) -> nn.Module:
-    """A model with the weights ``params`` under transformers' own attention, which takes padded batches."""
+    """A model with the weights ``params``."""
     model = build(0, width)
     model.load_state_dict(dict(params))
-    model.set_attn_implementation("sdpa")
     return model

@@ -5,18 +5,17 @@ nats, is linear in it, so mixtures of sources are mixtures of flows. Everything 
 runs it over many.
 """
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, jacrev, jvp, vmap
+from torch.func import grad, jacrev, jvp, vmap
 
-from studies.lab.model import Params, Support, flat, log_probs, unflat
+from studies.lab.model import Params, flat, log_probs, unflat
 from studies.lab.tree import (
     CONTENT,
-    DEPTHS,
+    DEPTH,
     DIGITS,
     FINISHED,
+    LENGTH,
     LENGTHS,
     NODES,
     PROMPTS,
@@ -24,8 +23,10 @@ from studies.lab.tree import (
     flow,
     response_probabilities,
 )
+from studies.lab.walk import Walk
 
 ROWS_AT_ONCE = 1024  # prefixes whose gradients are in memory together
+COLUMNS_AT_ONCE = 256  # of a symmetric product, of which half is computed
 
 
 # --- samplers, and rows into flows -------------------------------------------------------------------------------------
@@ -86,17 +87,12 @@ class Expected:
     r"""A source's expected loss :math:`-\sum f\log p_\theta` and its derivatives, of which only what the flow touches is computed."""
 
     def __init__(self, model: nn.Module, flow: Tensor) -> None:
-        self.model, self.support = model, Support(flow)
-        self.flow = self.support.of(flow)
-
-    def _log_probs(self, params: Params) -> Tensor:
-        if self.support.fills_the_tree:
-            return log_probs(self.model, params, PROMPTS[self.support.prompts])[..., self.support.nodes, :]
-        return self.support.log_probs(self.model, params)
+        self.walk = Walk(model, flow)
+        self.flow = self.walk.of(flow[None])
 
     def loss(self, params: Params) -> Tensor:
         """The expected loss of a row, nats."""
-        return -(self.flow * self._log_probs(params)).sum()
+        return self.walk.loss({name: p[None] for name, p in params.items()}, self.flow)
 
     def gradient(self, params: Params) -> Tensor:
         """Its gradient [P]."""
@@ -115,59 +111,45 @@ class Expected:
 # --- scores: Fisher matrices, gradient covariance ------------------------------------------------------------------------
 
 
-def _scores(model: nn.Module, params: Params, prompts: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """(nodes, scores [X', n, V, P] of all tokens there), a few nodes at a time."""
-    start = 0
-    for depth, count in enumerate(DEPTHS):
-        step = max(1, ROWS_AT_ONCE // len(prompts))
-        for low in range(start, start + count, step):
-            nodes = slice(low, min(low + step, start + count))
-            prefixes = torch.tensor(NODES[nodes], dtype=torch.int64).reshape(len(NODES[nodes]), depth)
-            ids = torch.cat([prompts.repeat_interleave(len(prefixes), 0), prefixes.repeat(len(prompts), 1)], 1)
-            width = ids.shape[1]
-            mask = torch.full((width, width), -torch.inf, dtype=torch.float64).triu(1)[None, None]
-
-            def last(p: Params, row: Tensor, mask: Tensor = mask, width: int = width) -> Tensor:
-                inputs = {"input_ids": row[None], "attention_mask": mask, "position_ids": torch.arange(width)[None], "use_cache": False}
-                return functional_call(model, dict(p), (), inputs).logits[0, -1].log_softmax(-1)
-
-            found = vmap(jacrev(last), (None, 0))(dict(params), ids)
-            yield nodes, torch.cat([j.flatten(2) for j in found.values()], 2).unflatten(0, (len(prompts), -1))
-        start += count
-
-
 def fisher(model: nn.Module, params: Params, prompts: Tensor, weights: Tensor | None = None) -> Tensor:
     r"""Fisher matrix :math:`\mathbb E_{x,\,y\sim p_\theta}\sum_t s_ts_t^\top` [P, P], prompts with the weights ``prompts`` [X].
 
     ``weights`` [X, N, V]: a flow in place of the model's own, for what is *not* a Fisher matrix (labels from a sampler, say).
     """
-    some = prompts.nonzero().squeeze(1)
     if weights is None:
         weights = flow(prompts[:, None] * response_probabilities(log_probs(model, params)))
-    n = sum(p.numel() for p in params.values())
+    walk, n = Walk(model), sum(p.numel() for p in params.values())
+    scores = vmap(jacrev(lambda p, prompt, prefix: walk.along(p, prompt, prefix)[-1]), (None, 0, 0))
     total = torch.zeros(n, n, dtype=torch.float64)
-    for nodes, scores in _scores(model, params, PROMPTS[some]):
-        rows = (scores * weights[some, nodes].sqrt().unsqueeze(-1)).flatten(0, 2)
-        total += rows.T @ rows
-    return total
+    for depth in range(LENGTH):
+        used = (weights != 0).any(-1) & (depth == DEPTH)
+        for some in used.nonzero().split(ROWS_AT_ONCE):
+            x, nodes = some.T
+            prefixes = torch.tensor([NODES[i] for i in nodes.tolist()], dtype=torch.int64).view(len(x), depth)
+            found = torch.cat([j.flatten(2) for j in scores(dict(params), PROMPTS[x], prefixes).values()], 2)  # [n, V, P]
+            rows = (found * weights[x, nodes].sqrt().unsqueeze(-1)).flatten(0, 1)
+            for low in range(0, n, COLUMNS_AT_ONCE):  # what lies above the diagonal is enough
+                total[low : low + COLUMNS_AT_ONCE, low:] += rows[:, low : low + COLUMNS_AT_ONCE].T @ rows[:, low:]
+    return total.triu() + total.triu(1).T
+
+
+def quadratic(model: nn.Module, params: Params, weights: Tensor, vector: Tensor) -> Tensor:
+    """vᵀFv of the matrix F that :func:`fisher` gives with ``weights``, from the scores' products with ``vector`` [P]."""
+    slopes = jvp(lambda p: log_probs(model, p), (dict(params),), (unflat(vector, params),))[1]
+    return (weights * slopes.square()).sum()
 
 
 def row_gradients(model: nn.Module, params: Params, x: Tensor, responses: Tensor) -> Tensor:
     """Gradients [n, P] of the summed NLL of single rows: prompt numbers ``x`` [n], response numbers ``responses`` [n]."""
-    found = torch.empty(len(x), sum(p.numel() for p in params.values()), dtype=torch.float64)
-    for length in sorted(set(LENGTHS[responses].tolist())):
+    walk, found = Walk(model), torch.empty(len(x), sum(p.numel() for p in params.values()), dtype=torch.float64)
+
+    def nll(p: Params, prompt: Tensor, response: Tensor) -> Tensor:
+        return -walk.along(p, prompt, response[:-1]).gather(1, response[:, None]).sum()
+
+    for length in LENGTHS[responses].unique().tolist():
         chosen = (LENGTHS[responses] == length).nonzero().squeeze(1)
-        tails = torch.tensor([RESPONSES[r] for r in responses[chosen].tolist()])
-        ids = torch.cat([PROMPTS[x[chosen]], tails], 1)
-        width = ids.shape[1]
-        mask = torch.full((width, width), -torch.inf, dtype=torch.float64).triu(1)[None, None]
-
-        def nll(p: Params, row: Tensor, mask: Tensor = mask, width: int = width) -> Tensor:
-            inputs = {"input_ids": row[None], "attention_mask": mask, "position_ids": torch.arange(width)[None], "use_cache": False}
-            log_p = functional_call(model, dict(p), (), inputs).logits[0].log_softmax(-1)
-            return -log_p[1:-1].gather(1, row[2:, None]).sum()
-
-        gradients = vmap(grad(nll), (None, 0), chunk_size=ROWS_AT_ONCE)(dict(params), ids)
+        tokens = torch.tensor([RESPONSES[r] for r in responses[chosen].tolist()])
+        gradients = vmap(grad(nll), (None, 0, 0), chunk_size=ROWS_AT_ONCE)(dict(params), PROMPTS[x[chosen]], tokens)
         found[chosen] = torch.cat([g.flatten(1) for g in gradients.values()], 1)
     return found
 

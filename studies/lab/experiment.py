@@ -6,12 +6,12 @@ from functools import cached_property
 
 import torch
 from torch import Tensor, nn
-from torch.func import vmap
 
 from studies.lab import exact, world
-from studies.lab.descent import TOGETHER, descend
-from studies.lab.model import WIDTH, Support, build, flat_stacked, log_probs, pretrain
+from studies.lab.descent import descend
+from studies.lab.model import WIDTH, build, flat_stacked, pretrain
 from studies.lab.tree import flow, response_probabilities
+from studies.lab.walk import Walk
 from studies.lab.world import EXTERNAL, FOREIGN, World, prompts_of, pure
 
 TASK, OTHERS, DROPPED, ALL = (0,), (1, 2), (2,), (0, 1, 2)
@@ -83,10 +83,9 @@ def _worlds(setup: Setup) -> tuple[World, ...]:
 
 def tables(model: nn.Module, weights: Tensor, like: Mapping[str, Tensor]) -> Tensor:
     """Next-token tables [M, X, N, V] of flat weights [M, P]; ``like``: stacked weights whose names and shapes they have."""
-    shapes = {name: p.shape[1:] for name, p in like.items()}
-    pieces = weights.split([s.numel() for s in shapes.values()], dim=1)
-    params = {name: piece.unflatten(1, s) if s else piece for (name, s), piece in zip(shapes.items(), pieces, strict=True)}
-    return vmap(lambda p: log_probs(model, p), chunk_size=TOGETHER)(params)
+    pieces, walk = weights.split([p[0].numel() for p in like.values()], dim=1), Walk(model)
+    params = {name: piece.unflatten(1, p.shape[1:]) for (name, p), piece in zip(like.items(), pieces, strict=True)}
+    return torch.cat([walk.table(walk.log_probs({n: p[m : m + 1] for n, p in params.items()})) for m in range(len(weights))])
 
 
 # --- arms ---------------------------------------------------------------------------------------------------------------
@@ -153,16 +152,10 @@ def main_arms() -> dict[str, Arm]:
 
 
 def train(bases: Bases, arms: Mapping[str, Arm]) -> Tensor:
-    """Weights [A, K, S, P] of every arm and seed at the recorded steps; arms that touch the same part of the tree are trained side by side."""
-    setup, found = bases.setup, {}
-    flows = {name: torch.stack([arm(bases, seed) for seed in range(setup.seeds)]) for name, arm in arms.items()}
-    kinds = {name: Support(f).size for name, f in flows.items()}
-    for kind in sorted(set(kinds.values())):
-        names = [name for name in arms if kinds[name] == kind]
-        params = {n: p.repeat(len(names), *[1] * (p.dim() - 1)) for n, p in bases.params.items()}
-        weights = descend(bases.model, params, torch.cat([flows[n] for n in names]), lr=setup.lr, record=setup.record)
-        found |= dict(zip(names, weights.unflatten(1, (len(names), setup.seeds)).unbind(1), strict=True))
-    return torch.stack([found[name] for name in arms])
+    """Weights [A, K, S, P] of every arm and seed at the recorded steps; an arm's seeds are trained side by side."""
+    setup = bases.setup
+    flows = (torch.stack([arm(bases, seed) for seed in range(setup.seeds)]) for arm in arms.values())
+    return torch.stack([descend(bases.model, bases.params, f, lr=setup.lr, record=setup.record) for f in flows])
 
 
 def measure(bases: Bases, weights: Tensor) -> dict[str, Tensor]:

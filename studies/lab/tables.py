@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,32 +12,30 @@ from torch import Tensor, cat
 from sasft.files import ensure_writable
 from studies.lab import calibration, courses, sampled, sweeps
 from studies.lab.courses import Rows
-from studies.lab.descent import TOGETHER
 from studies.lab.experiment import Bases, Setup, main_arms, train
-from studies.lab.units import Unit, kept, load, work
+from studies.lab.units import Unit, kept, work
 
 
 def make(setup: Setup, folder: Path, workers: int, *, quick: bool, repeats: Mapping[str, int]) -> dict[str, Rows]:
-    """All tables, by name, from units that are kept in ``folder`` and found there again. Training comes first: other units need its weights.
+    """All tables, by name, from units that are kept in ``folder`` and found there again.
 
     ``repeats``: of each group of estimators (:data:`studies.lab.calibration.GROUPS`).
     """
     home = folder / _key(asdict(setup), _code("tree", "world", "model", "walk", "exact", "descent", "experiment", "start", "courses", "sweeps"))
     ensure_writable(home)
-    parts = _parts(list(main_arms()), max(1, TOGETHER // setup.seeds))
-    work([Unit(f"weights{i}.pt", _trained, (home, setup, names)) for i, names in enumerate(parts)], home, workers, "training")
-    conditions = list(sweeps.sweeps(setup, quick=quick))
-    drawn, seeds = _code("place", "calibration", "drawing", "sampled"), range(setup.seeds)
-    kinds: dict[str, list[Unit]] = {  # the longest first, so that no worker is left with one at the end
-        "of a seed": [Unit(f"seed{s}.json", _seed, (home, setup, len(parts), s)) for s in seeds],
+    conditions, seeds = list(sweeps.sweeps(setup, quick=quick)), range(setup.seeds)
+    drawn = _code("place", "calibration", "drawing", "sampled")
+    kinds: dict[str, list[Unit]] = {  # training first: what needs its weights comes late; the shortest last, so that no worker waits long for the other
+        "weights": [Unit(_weights_of(i), _trained, (home, setup, i)) for i in range(len(main_arms()))],
         "sweeps": [Unit(f"sweep-{_key(asdict(c.setup), c.name, c.value)}.json", _sweep, (home, setup, quick, i)) for i, c in enumerate(conditions)],
         "calibration": [Unit(f"calibration-{group}-{n}-{drawn}.json", _calibration, (home, setup, group, n)) for group, n in repeats.items()],
+        "of a seed": [Unit(f"seed{s}.json", _seed, (home, setup, s)) for s in seeds],
         "sampled": [Unit(f"sampled{s}-{drawn}.json", _sampled, (home, setup, s)) for s in seeds],
-        "arms": [Unit("arms.json", _arms, (home, setup, len(parts)))],
+        "arms": [Unit("arms.json", _arms, (home, setup))],
         "forces": [Unit("forces.json", _forces, (home, setup))]}
-    results = iter(work([unit for units in kinds.values() for unit in units], home, workers, "measuring"))
+    results = iter(work([unit for units in kinds.values() for unit in units], home, workers, "lab"))
     found = {kind: [next(results) for _ in units] for kind, units in kinds.items()}
-    tables = {kind: [row for rows in found[kind] for row in rows] for kind in kinds if kind != "of a seed"}
+    tables = {kind: [row for rows in found[kind] for row in rows] for kind in kinds if kind not in ("weights", "of a seed")}
     for of_seed in found["of a seed"]:
         for name, rows in of_seed.items():
             tables.setdefault(name, []).extend(rows)
@@ -53,10 +51,6 @@ def _code(*stems: str) -> str:
     return _key(*((Path(__file__).parent / f"{stem}.py").read_text(encoding="utf-8") for stem in stems))
 
 
-def _parts(names: Sequence[str], size: int) -> list[tuple[str, ...]]:
-    return [tuple(names[i : i + size]) for i in range(0, len(names), size)]
-
-
 # --- units of work, each in a process of its own ---------------------------------------------------------------------------
 
 
@@ -65,21 +59,25 @@ def _bases(home: Path, setup: Setup) -> Bases:
     return Bases.of(setup, params)
 
 
-def _trained(home: Path, setup: Setup, names: Sequence[str]) -> Tensor:
-    arms = main_arms()
-    return train(_bases(home, setup), {name: arms[name] for name in names})
+def _weights_of(arm: int) -> str:
+    return f"weights{arm}.pt"
 
 
-def _weights(home: Path, parts: int) -> Tensor:
-    return cat([load(home / f"weights{i}.pt") for i in range(parts)])
+def _trained(home: Path, setup: Setup, number: int) -> Tensor:
+    return train(_bases(home, setup), dict([list(main_arms().items())[number]]))
 
 
-def _arms(home: Path, setup: Setup, parts: int) -> Rows:
-    return courses.arms_table(_bases(home, setup), main_arms(), _weights(home, parts))
+def _weights(home: Path, setup: Setup) -> Tensor:
+    """Of all arms: those that another unit has still to finish are made here, too."""
+    return cat([kept(home / _weights_of(i), lambda i=i: _trained(home, setup, i)) for i in range(len(main_arms()))])
 
 
-def _seed(home: Path, setup: Setup, parts: int, seed: int) -> dict[str, Rows]:
-    return courses.seed_tables(_bases(home, setup), seed, main_arms(), _weights(home, parts))
+def _arms(home: Path, setup: Setup) -> Rows:
+    return courses.arms_table(_bases(home, setup), main_arms(), _weights(home, setup))
+
+
+def _seed(home: Path, setup: Setup, seed: int) -> dict[str, Rows]:
+    return courses.seed_tables(_bases(home, setup), seed, main_arms(), _weights(home, setup))
 
 
 def _forces(home: Path, setup: Setup) -> Rows:

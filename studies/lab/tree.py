@@ -27,6 +27,7 @@ DEPTHS = tuple(GOING_ON**k for k in range(LENGTH))
 NODES = [node for k in range(LENGTH) for node in product(range(1, VOCABULARY), repeat=k)]
 """The prefixes, as tuples of tokens."""
 N_NODES = len(NODES)
+DEPTH = torch.tensor([len(node) for node in NODES])
 NODE_OF = {node: i for i, node in enumerate(NODES)}
 
 RESPONSES = [(*node, END) for node in NODES] + [(*node, v) for node in NODES if len(node) == LENGTH - 1 for v in range(1, VOCABULARY)]

@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from studies.lab.descent import TOGETHER, descend
+from studies.lab.descent import descend
 from studies.lab.experiment import Arm, Bases, Setup, cell, mixed, self_rows
-from studies.lab.model import WIDTH, Support, flat, flat_stacked, log_probs
+from studies.lab.model import WIDTH, flat, flat_stacked, log_probs
 from studies.lab.tree import LENGTH, N_NODES, NODES, PROMPTS
 from tests.benchmarks.timing import compare
 from tests.studies.lab.tiny import as_it_is
 
-LR = 0.004
+LR, MODELS = 0.004, 6
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -28,7 +28,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def bases() -> Bases:
     """As many models as are trained together, of the lab's size; hardly trained, which costs the same."""
-    return Bases.make(Setup(seeds=TOGETHER, pretrain_steps=2))
+    return Bases.make(Setup(seeds=MODELS, pretrain_steps=2))
 
 
 def read(model: torch.nn.Module, prompts: Tensor, tails: list[tuple[int, ...]]) -> Tensor:
@@ -42,18 +42,18 @@ def one_by_one(bases: Bases, flows: Tensor, steps: int) -> Tensor:
     """Each model alone in torch's own loop, on the sequences that its flow needs; weights [M, P] at the end."""
     found = []
     for seed, flow in enumerate(flows):
-        support = Support(flow)
-        used = {NODES[i] for i in support.nodes.tolist()}
+        x, nodes = flow.any(-1).any(1).nonzero().squeeze(1), flow.any(-1).any(0).nonzero().squeeze(1).tolist()
+        used = {NODES[i] for i in nodes}
         tails = [node for node in used if len(node) == max(map(len, used))]
         place = {(i, t): tail[:t] for i, tail in enumerate(tails) for t in range(LENGTH)}
         once = {prefix: at for at, prefix in place.items()}  # a prefix of several tails counts in one of them
-        rows, positions = (list(x) for x in zip(*(once[NODES[i]] for i in support.nodes.tolist()), strict=True))
-        target = support.of(flow)
+        rows, positions = (list(x) for x in zip(*(once[NODES[i]] for i in nodes), strict=True))
+        target = flow[x][:, nodes]
         model = as_it_is(bases.one(seed), WIDTH)
         optimizer = torch.optim.SGD(model.parameters(), lr=LR)
         for _ in range(steps):
             optimizer.zero_grad()
-            loss = -(target * read(model, PROMPTS[support.prompts], tails)[:, rows, positions]).sum()
+            loss = -(target * read(model, PROMPTS[x], tails)[:, rows, positions]).sum()
             loss.backward()
             optimizer.step()
         named = dict(model.named_parameters())
@@ -64,7 +64,7 @@ def one_by_one(bases: Bases, flows: Tensor, steps: int) -> Tensor:
 @pytest.mark.parametrize("arm, steps, at_most", [(mixed(0.5, self_rows), 3, 0.25), (cell("foreign", "new"), 40, 0.6)],
                          ids=["self-data, all prefixes", "the task, few prefixes"])
 def test_descent_side_by_side(benchmark, bases: Bases, arm: Arm, steps: int, at_most: float) -> None:
-    flows = torch.stack([arm(bases, seed) for seed in range(TOGETHER)])
+    flows = torch.stack([arm(bases, seed) for seed in range(MODELS)])
 
     def together() -> Tensor:
         return descend(bases.model, bases.params, flows, lr=LR, record=(steps,))[0]
@@ -72,7 +72,7 @@ def test_descent_side_by_side(benchmark, bases: Bases, arm: Arm, steps: int, at_
     moved = together() - flat_stacked(bases.params)
     torch.testing.assert_close(one_by_one(bases, flows, steps) - flat_stacked(bases.params), moved, rtol=0, atol=1e-11)
     assert moved.norm(dim=1).min() > 1e-3
-    ratio = compare(benchmark, together, lambda: one_by_one(bases, flows, steps), f"{TOGETHER} models, one by one")
+    ratio = compare(benchmark, together, lambda: one_by_one(bases, flows, steps), f"{MODELS} models, one by one")
     assert ratio <= at_most
 
 

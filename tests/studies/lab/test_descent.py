@@ -7,6 +7,7 @@ from studies.lab import descent
 from studies.lab.descent import descend
 from studies.lab.model import flat_stacked, log_probs
 from studies.lab.tree import NODES, flow
+from studies.lab.walk import Walk
 from studies.lab.world import foreign_old, own_old, pure
 from tests.studies.lab import tiny
 
@@ -14,11 +15,11 @@ from tests.studies.lab import tiny
 @pytest.mark.parametrize("kind", ["narrow", "wide"])
 def test_descent_is_a_loop_of_plain_steps(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     made = tiny.bases()
-    monkeypatch.setattr(descent, "TOGETHER", 2)
     if kind == "narrow":
         flows = torch.stack([tiny.task_flow(s % 2) * (1 + s) for s in range(3)])
     else:
         flows = torch.stack([0.5 * tiny.task_flow(s % 2) + 0.5 * tiny.self_flow(s % 2) for s in range(3)])
+    monkeypatch.setattr(descent, "TOGETHER", 2 * Walk(made.model, flows).size)
     params = {n: p[[0, 1, 0]] for n, p in made.params.items()}
     found = descend(made.model, params, flows, lr=0.01, record=(0, 1, 3))
     assert found.shape == (3, 3, 420)

@@ -11,7 +11,7 @@ from sasft.sampling import PAPER, Sampler, draw
 from studies.lab import exact
 from studies.lab.exact import Expected
 from studies.lab.model import flat, log_probs
-from studies.lab.tree import CONTENT, FINISHED, LENGTHS, N_NODES, RESPONSES, flow, response_probabilities
+from studies.lab.tree import CONTENT, FINISHED, LENGTHS, NODES, RESPONSES, flow, response_probabilities
 from studies.lab.world import foreign_old, own_new, pure
 from tests.studies.lab import tiny
 
@@ -94,19 +94,16 @@ def test_losses_and_gradients_are_sums_over_responses() -> None:
 
 
 def test_wide_and_narrow_flows_are_differentiated_alike() -> None:
-    """Sources that touch most of the tree walk it; their derivatives are those of the same flow in thin slices."""
+    """Derivatives of a source are those of its slices by first token, each over its own part of the tree."""
     made = tiny.bases()
     params = made.one(0)
     whole = flow(foreign_old(made.own[0], tiny.TOPIC, pure(9)))
-    assert len(Expected(made.model, whole).support.nodes) > N_NODES // 2
-    slices = [torch.zeros_like(whole) for _ in range(3)]
-    for i, part in enumerate(slices):
-        part[:, i::3] = whole[:, i::3]
+    slices = [whole * torch.tensor([first in (n or (1,))[:1] for n in NODES])[:, None] for first in range(1, 10)]
     v = tiny.random_direction(params, 0)
     for derive in (lambda e: e.gradient(params), lambda e: e.hessian_product(params, v)):
-        parts = [derive(Expected(made.model, part)) for part in slices]
-        assert all(len(Expected(made.model, part).support.nodes) < N_NODES // 2 for part in slices)
-        torch.testing.assert_close(derive(Expected(made.model, whole)), sum(parts), rtol=0, atol=1e-11)
+        parts = [Expected(made.model, part) for part in slices]
+        assert max(e.walk.size for e in parts) < Expected(made.model, whole).walk.size / 8
+        torch.testing.assert_close(derive(Expected(made.model, whole)), sum(map(derive, parts)), rtol=0, atol=1e-11)
 
 
 def test_hessians_are_differences_of_gradients() -> None:
@@ -146,6 +143,7 @@ def test_fisher_is_a_sum_of_squared_scores() -> None:
         assert (v @ fisher @ v).item() == pytest.approx(of_tokens, rel=1e-11)
         assert of_responses == pytest.approx(of_tokens, rel=1e-11)  # scores are martingale differences: no covariance
         assert (v @ with_weights @ v).item() == pytest.approx((sharp * slopes.square()).sum().item(), rel=1e-11)
+        assert exact.quadratic(made.model, params, sharp, 2 * v).item() == pytest.approx(4 * (v @ with_weights @ v).item(), rel=1e-11)
         assert abs((v @ with_weights @ v).item() / of_tokens - 1) > 1e-3
 
 

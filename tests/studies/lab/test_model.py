@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from studies.lab.experiment import tables
-from studies.lab.model import Support, build, flat, flat_stacked, log_probs, params_of, pretrain, stack, unflat
+from studies.lab.model import build, flat, flat_stacked, log_probs, params_of, pretrain, stack, unflat
 from studies.lab.tree import NODES, PROMPTS, RESPONSES, flow, response_probabilities
 from tests.studies.lab import tiny
 
@@ -26,7 +26,6 @@ def test_the_tree_walk_is_transformers_one_prefix_at_a_time(width: int) -> None:
             torch.testing.assert_close(fast[x, n], slow, rtol=0, atol=1e-12)
             # As transformers comes its norms round to float32: a relative error of 6e-8 at each of five norms.
             torch.testing.assert_close(tiny.next_token(rounding, x, NODES[n]), slow, rtol=0, atol=2e-5)
-    torch.testing.assert_close(log_probs(made.model, params, PROMPTS[[5]]), fast[[5]], rtol=0, atol=1e-13)
 
 
 def test_the_norms_are_transformers_in_exact_arithmetic() -> None:
@@ -47,24 +46,6 @@ def test_many_models_side_by_side_are_one_by_one() -> None:
     for m, row in enumerate(weights):
         torch.testing.assert_close(side_by_side[m], log_probs(made.model, unflat(row, made.one(0))), rtol=0, atol=1e-12)
     assert (side_by_side[0] - side_by_side[1]).abs().max() > 0.1
-
-
-def test_a_narrow_flow_reads_its_own_part_of_the_tree() -> None:
-    made = tiny.bases()
-    params = made.one(0)
-    whole = log_probs(made.model, params)
-    few = torch.zeros_like(whole)
-    few[2, [NODES.index((7, 4)), NODES.index((3, 3, 3))], 1] = 1.0
-    few[5, NODES.index((7,)), 0] = -0.5
-    root = torch.zeros_like(whole)
-    root[4, 0, 3] = 2.0
-    for part in (tiny.task_flow(), few, root, tiny.self_flow()):
-        support = Support(part)
-        picked = support.of(part)
-        assert picked.shape == (len(support.prompts), len(support.nodes), 10) and picked.sum() == pytest.approx(part.sum().item())
-        assert picked.abs().sum().item() == pytest.approx(part.abs().sum().item())  # nothing left out
-        torch.testing.assert_close(support.log_probs(made.model, params), support.of(whole), rtol=0, atol=1e-12)
-    assert support.prompts.tolist() == [0, 1, 2] and len(support.nodes) == len(NODES)
 
 
 def test_weights_as_a_vector_and_back() -> None:
