@@ -1,37 +1,53 @@
-"""The command line: ``sasft talk``, ``sasft train``, ``sasft show``, ``sasft restyle``.
+"""The command line: ``sasft talk | mix | train | evaluate | run``, and ``sasft show`` and ``sasft restyle`` beside them.
 
 Every option is a field of the command's settings, documented there once; ``--config file.yaml`` reads them from a file, and
 options on the command line go before it.
 """
 
 import dataclasses
-import json
+import re
 import sys
+import textwrap
 import warnings
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from sasft.chat import Turns
 from sasft.data import encode_rows, read_rows
+from sasft.dryrun import DRY_RUNS
 from sasft.errors import UsageError
+from sasft.evaluation import SUITES, EvaluateSettings
+from sasft.evaluation import run as evaluate
 from sasft.files import write_jsonl
 from sasft.filters import NAMED
-from sasft.mixture import load_chat
+from sasft.methods import METHODS, Method
+from sasft.mixture import MixSettings, load_chat, make_mixture
 from sasft.options import parse
+from sasft.pipeline import RunSettings, mix_table, recorded_table, run
 from sasft.restyle import STYLES, restyle
 from sasft.settings import option
 from sasft.talk import TalkSettings, talk
+from sasft.terminal import has_colour, legend, show_row
 from sasft.train import TrainSettings, train
 
 
 @dataclass(kw_only=True)
 class ShowSettings:
-    """Print rows as the model will see them: what is in the loss bright, the rest dim."""
+    """Print rows as the model will see them, coloured by whose they are: what is in the loss bright, the rest dim."""
 
-    file: str = option("", "JSONL file of rows")
-    model: str = option("smollm2-135m-instruct", "whose chat template: embedded model name, local folder, or hub id")
-    n: int = option(3, "how many rows")
+    file: str = option("", "what to show: FILE[:field=column,...] (JSONL or Parquet), a hub dataset, or the folder of a mix")
+    n: int = option(3, "how many rows of each source")
+    turns: Turns = option("last", "assistant turns in the loss: the last one of a row, or all")
+    model: str = option("smollm2-135m-instruct", "whose chat template: embedded model name, local folder, or hub id (org/name)")
+    revision: str | None = option(None, "revision of a hub model")
+
+    def __post_init__(self) -> None:
+        _need(self, "file")
+        if self.n < 1:
+            raise UsageError(f"n must be at least 1, got {self.n}")
 
 
 @dataclass(kw_only=True)
@@ -42,6 +58,11 @@ class RestyleSettings:
     style: str = option("", f"one of {', '.join(STYLES)}")
     out: str = option("", "JSONL file to write")
 
+    def __post_init__(self) -> None:
+        _need(self, "file", "style", "out")
+        if Path(self.out).exists():
+            raise UsageError(f"out {self.out} exists already; name another file, or remove it")
+
 
 def _talk(settings: TalkSettings) -> None:
     done = talk(settings)
@@ -49,25 +70,38 @@ def _talk(settings: TalkSettings) -> None:
     done.check()
 
 
+def _mix(settings: MixSettings) -> None:
+    report = make_mixture(settings)
+    print(mix_table(report))
+    print(f"mix: {settings.out} (train on it with `sasft train --mix {settings.out}`)")
+
+
 def _train(settings: TrainSettings) -> None:
     summary = train(settings)
-    print(json.dumps({"mix": summary["mix"], "recorded": summary["recorded"]}, indent=1))
-    print(f"run folder: {settings.out}")
+    print(mix_table(summary["mix"]))
+    print(recorded_table(summary["recorded"]))
+    spent = ", ".join(f"{n:,} {name.replace('_', ' ')}" for name, n in summary["costs"].items() if n)
+    print(f"the method {settings.method} has cost beyond SFT: {spent or 'nothing'}")
+    print(f"run: {settings.out}" + (f" (the model: {settings.out}/model)" if settings.save_model else ""))
 
 
 def _show(settings: ShowSettings) -> None:
-    _need(settings, "file")
-    rows = read_rows(settings.file)[: settings.n]
-    chat = load_chat(settings.model)
-    for row, encoded in zip(rows, encode_rows(rows, chat, sys.maxsize)[0], strict=True):
-        print(f"--- {row.id}: {len(encoded.input_ids)} tokens, {encoded.loss_tokens} in the loss\n{chat.show(encoded)}")
+    path = Path(settings.file) / "rows.jsonl"
+    rows = read_rows(path if path.exists() else settings.file)
+    sources = list(dict.fromkeys(row.source for row in rows))
+    chosen, taken = [], Counter()
+    for row in rows:
+        if taken[row.source] < settings.n:
+            chosen.append(row)
+            taken[row.source] += 1
+    chat, colour = load_chat(settings.model, settings.revision), has_colour()
+    print(legend(sources, colour=colour))
+    for row, encoded in zip(chosen, encode_rows(chosen, chat, sys.maxsize, turns=settings.turns)[0], strict=True):
+        print(show_row(row, encoded, chat, sources, colour=colour))
 
 
 def _restyle(settings: RestyleSettings) -> None:
-    _need(settings, "file", "style", "out")
     rows = read_rows(settings.file)
-    if Path(settings.out).exists():
-        raise UsageError(f"out {settings.out} exists already; name another file, or remove it")
     restyled = [replace(row, response=restyle(row.response, settings.style), response_ids=None, meta={"style": settings.style})
                 for row in rows]
     write_jsonl(settings.out, (row.as_json() for row in restyled))
@@ -76,32 +110,74 @@ def _restyle(settings: RestyleSettings) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """A command: its settings, what it does with them, and examples for ``--help`` (options or whole lines below them)."""
+    """A command: its settings, what it does with them, and what ``--help`` teaches below the options."""
 
     settings: type
-    run: Callable[[Any], None]
+    run: Callable[[Any], Any]
     examples: str
     notes: str = ""
 
     @property
     def about(self) -> str:
-        """The settings' first sentence."""
+        """The settings' first line."""
         return (self.settings.__doc__ or "").partition("\n")[0]
 
 
+def _listed(title: str, about: Mapping[str, str]) -> str:
+    return f"{title}:\n" + "\n".join(textwrap.fill(what, 128, initial_indent=f"  {name:<20}", subsequent_indent=" " * 22)
+                                     for name, what in about.items())
+
+
+def _first_sentence(documented: Any) -> str:
+    """How a docstring begins, without its markup."""
+    text = " ".join((documented.__doc__ or "").split()).partition(". ")[0].rstrip(".:")
+    return re.sub(r"(:\w+:)?`+~?([^`]*)`+", r"\2", text)
+
+
+def _method(kind: type[Method]) -> str:
+    options = ", ".join(f"{field.name}={field.default}" for field in dataclasses.fields(kind))
+    return _first_sentence(kind) + (f" [{options}]" if options else "")
+
+
 COMMANDS: dict[str, Command] = {
-    "talk": Command(settings=TalkSettings, run=_talk, examples="""\
+    "talk": Command(
+        settings=TalkSettings, run=_talk, notes=_listed("filters, by name", NAMED), examples="""\
   sasft talk --out self.jsonl --n 500 --sampler exact
   sasft talk --out self.jsonl --n 500 --turns 2 --topics topics.txt
   sasft talk --out self.jsonl --n 500 --filters distinct prompt_words=3-60 --ablate mathematics --limits unfinished=0.5
-  accelerate launch -m sasft.cli talk --out self.jsonl --n 5000""",
-                    notes="filters, by name:\n" + "\n".join(f"  {name:<20}{what}" for name, what in NAMED.items())),
-    "train": Command(settings=TrainSettings, run=_train, examples="""\
-  sasft train --task my_task.jsonl --self_data self.jsonl --lam 0.5 --steps 100 --out runs/mine"""),
-    "show": Command(settings=ShowSettings, run=_show, examples="""\
-  sasft show --file my_task.jsonl --n 2"""),
-    "restyle": Command(settings=RestyleSettings, run=_restyle, examples="""\
-  sasft restyle --file my_task.jsonl --style telegraphic --out terse.jsonl"""),
+  accelerate launch -m sasft.cli talk --out self.jsonl --n 5000"""),
+    "mix": Command(
+        settings=MixSettings, run=_mix, examples="""\
+  sasft mix --sources task=my_task.jsonl self=self.jsonl --shares 0.5 0.5 --steps 100 --out mixes/half
+  sasft mix --sources task=my_task.jsonl self=self.jsonl web=pages.parquet:prompt=q,response=a --by tokens --out mixes/three
+  sasft mix --sources task=my_task.jsonl --like mixes/half --out mixes/task_repeated"""),
+    "train": Command(
+        settings=TrainSettings, run=_train, notes=_listed("methods, by name [with their options]", {n: _method(kind) for n, kind in METHODS.items()}), examples="""\
+  sasft train --task my_task.jsonl --self_data self.jsonl --lam 0.5 --steps 100 --out runs/mine
+  sasft train --mix mixes/half --lora_rank 16 --lr 2e-4 --out runs/lora
+  sasft train --task my_task.jsonl --lam 0 --method l2-sp --method_options "weight=0.1" --out runs/l2sp
+  accelerate launch -m sasft.cli train --mix mixes/half --out runs/ddp"""),
+    "evaluate": Command(
+        settings=EvaluateSettings, run=evaluate, notes=_listed("suites, by name", {n: _first_sentence(suite) for n, suite in SUITES.items()}), examples="""\
+  sasft evaluate --model runs/mine/model --suites instructions,text,answers:test.jsonl --out scores/mine
+  sasft evaluate --model runs/mine/model --base smollm2-135m-instruct --suites rows:self.jsonl,gsm8k@5 --limit 200 --out scores/kl"""),
+    "run": Command(
+        settings=RunSettings, run=run, examples="""\
+  sasft run --task my_task.jsonl --out runs/whole
+  sasft run --task my_task.jsonl --talk_sampler exact --talk_n 800 --mix_steps 100 --train_lr 2e-5 --out runs/whole
+  sasft run --config run.yaml --out runs/whole, where run.yaml holds
+      task: my_task.jsonl
+      talk: {n: 800, sampler: exact}
+      mix: {steps: 100, rows_per_step: 16}
+      train: {lr: 2e-5, method: sa-sft}
+      evaluate: {suites: "instructions,text"}"""),
+    "show": Command(
+        settings=ShowSettings, run=_show, examples="""\
+  sasft show --file my_task.jsonl --n 2
+  sasft show --file mixes/half"""),
+    "restyle": Command(
+        settings=RestyleSettings, run=_restyle, examples=f"""\
+  sasft restyle --file my_task.jsonl --style {next(iter(STYLES))} --out restyled.jsonl"""),
 }
 
 
@@ -118,10 +194,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     name, command = argv[0], COMMANDS[argv[0]]
     teach = "examples:\n" + command.examples + (f"\n\n{command.notes}" if command.notes else "")
     try:
-        settings, _ = parse(command.settings, argv[1:], prog=f"sasft {name}", teach=teach, elsewhere=_owners(name))
+        settings, dry = parse(command.settings, argv[1:], prog=f"sasft {name}", teach=teach, dry_run=name in DRY_RUNS,
+                              elsewhere=_owners(name))
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
-            command.run(settings)
+            if dry:
+                print(f"{DRY_RUNS[name](settings).text}\nnothing was done: leave out --dry_run to do it")
+            else:
+                command.run(settings)
     except (UsageError, OSError) as error:  # a full disk, say, wherever it is met
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -133,7 +213,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _owners(name: str) -> dict[str, str]:
     """The options of the other commands, and whose they are."""
-    return {field.name: f"sasft {other}" for other, command in COMMANDS.items() if other != name
+    return {field.name: f"sasft {other}" for other, command in reversed(COMMANDS.items()) if other != name
             for field in dataclasses.fields(command.settings)}
 
 

@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import difflib
 import inspect
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -59,6 +60,8 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
         return f"{', '.join(names)} {self._format_args(action, self._get_default_metavar_for_optional(action))}"
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
+        if isinstance(action, argparse._StoreFalseAction):
+            return f"the opposite of --{action.dest}"
         none = action.default in (None, "", False, argparse.SUPPRESS) or action.default == []
         return action.help if none else super()._get_help_string(action)
 
@@ -69,12 +72,16 @@ class _Parser(HfArgumentParser):
 
 
 def headed(kind: type) -> dict[str, list[dataclasses.Field]]:
-    """The settings' fields by the headings of the help, in the order of the fields, those of a class before those that it inherits."""
+    """The settings' fields by the headings of the help: in their order, but those of a class before those that it inherits.
+
+    A field that names no heading stands under how the description of its class begins.
+    """
     found: dict[str, list[dataclasses.Field]] = {}
     left = {field.name: field for field in dataclasses.fields(kind)}
     for owner in kind.__mro__:
         for field in [left.pop(name) for name in list(left) if name in inspect.get_annotations(owner)]:
-            found.setdefault(field.metadata.get("group") or (owner.__doc__ or "").partition(".")[0], []).append(field)
+            about = re.split(r"[.,:]", (owner.__doc__ or " "), maxsplit=1)[0]
+            found.setdefault(field.metadata.get("group") or about[:1].lower() + about[1:], []).append(field)
     return found
 
 
@@ -118,10 +125,11 @@ def _unknown(prog: str, option: str, names: Sequence[str], elsewhere: Mapping[st
     if not option.startswith("-"):
         return f"{prog} takes options by name, as --{names[0]} ..., got {option!r} without one"
     name = option.lstrip("-").partition("=")[0].replace("-", "_")
-    hint = f"; it is an option of {elsewhere[name]}" if name in elsewhere else _guess(name, names) or "; --help lists all"
-    return f"{prog} has no option {option}{hint}"
+    of_a_part = any(own.endswith(f"_{name}") for own in names)
+    hint = f"; it is an option of {elsewhere[name]}" if name in elsewhere and not of_a_part else _guess(name, names)
+    return f"{prog} has no option {option}{hint or '; --help lists all'}"
 
 
 def _guess(name: str, names: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    return f"; did you mean {near[0]}?" if near else ""
+    near = [own for own in names if own.endswith(f"_{name}")] or difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    return f"; did you mean {' or '.join(near)}?" if near else ""

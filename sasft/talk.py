@@ -61,7 +61,7 @@ class TalkSettings:
                                       "them would choose rows by their answers", _DRAWING)
     max_user_tokens: int = option(64, "length cap of a user turn; longer ones are passed over", _DRAWING)
     seed: int = option(0, "seed; every row depends on it and on its own number alone", _DRAWING)
-    filters: list[str] = option([], "filters that rows must pass, in this order, as NAME or NAME=VALUE; listed below", _CHOICE)
+    filters: list[str] = option([], "filters that rows must pass, in this order, as NAME or NAME=VALUE (`sasft talk --help` lists them)", _CHOICE)
     ablate: list[str] = option([], f"topics whose rows are dropped, of {', '.join(LEXICONS)}; a second detector (needs scikit-learn) "
                                    "says how much of each is left", _CHOICE)
     ablate_reads: Literal["row", "prompt"] = option("row", "where a topic is looked for: the prompt and the answer, or the prompt alone",
@@ -135,7 +135,7 @@ class Talk:
         try:
             self.quality.check(self.limits)
         except UsageError as error:
-            raise UsageError(f"{error}. The rows stay in {self.path}") from None
+            raise UsageError(f"{error} (limits NAME=VALUE, or NAME=none). The rows stay in {self.path}") from None
 
     def as_dict(self) -> dict[str, Any]:
         """What the file beside the rows holds."""

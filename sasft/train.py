@@ -20,7 +20,7 @@ from sasft.data import Row, encode_rows, read_rows
 from sasft.errors import UsageError
 from sasft.files import ensure_writable, sha256_file, write_json
 from sasft.manifest import differences
-from sasft.methods import METHODS, Costs, Method, Workshop, parse_method
+from sasft.methods import Costs, Method, Workshop, parse_method
 from sasft.mixing import SELF, TASK, Plan, make_plan, mix
 from sasft.mixture import Mixture, hold_out, read_mixture
 from sasft.models import LoraSettings, load_model, weights_hash
@@ -62,7 +62,7 @@ class TrainSettings(FitSettings):
     revision: str | None = option(None, "revision of a hub model", _MODEL)
     lora_rank: int = option(0, "rank of LoRA adapters on all linear layers; 0 trains all weights", _MODEL)
     lora_alpha: float = option(16.0, "LoRA scale: updates are multiplied by alpha / rank", _MODEL)
-    method: str = option("sft", f"fine-tuning method, one of {', '.join(METHODS)}; sft: the ordinary loss on the rows of the mix", _METHOD)
+    method: str = option("sft", "fine-tuning method, by its name (`sasft train --help` lists them); sft: the ordinary loss on the rows of the mix", _METHOD)
     method_options: str = option("", "options of the method: name=value, with blanks between them", _METHOD)
     record_every: int = option(10, "steps between recordings of drift, alignment, KL and style; 0 for none", _RECORD)
     probe_rows: int | None = option(None, "rows of each file held out of training to measure alignment, KL and style on (16; a mix has "

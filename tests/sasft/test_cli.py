@@ -33,17 +33,26 @@ def talk(folder: Path, **options) -> int:
                                             "precision": "fp32", "limits": NO_LIMITS, **options})
 
 
-def test_talk_train_show_and_restyle(folder: Path, capsys: pytest.CaptureFixture) -> None:
+def test_every_command_after_the_other(folder: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     assert talk(folder) == 0
     assert f"self-dialogues to train on: {folder / 'self.jsonl'}" in capsys.readouterr().out
-    assert sasft_command(folder, "train", task=folder / "task.jsonl", self_data=folder / "self.jsonl", out=folder / "run",
-                         steps=2, rows_per_step=4, record_every=1, probe_rows=3, precision="fp32") == 0
+    sources = [f"task={folder / 'task.jsonl'}", f"self={folder / 'self.jsonl'}"]
+    assert sasft_command(folder, "mix", sources=sources, steps=2, rows_per_step=4, hold_out=3, out=folder / "mix") == 0
+    mixed = capsys.readouterr().out
+    assert f"`sasft train --mix {folder / 'mix'}`" in mixed and "task    0.500  0.500" in mixed
+    assert sasft_command(folder, "train", mix=folder / "mix", out=folder / "run", record_every=1, precision="fp32") == 0
     said = capsys.readouterr()
-    assert f"run folder: {folder / 'run'}" in said.out and "12 rows" in said.err
-    assert json.loads(said.out.rsplit("run folder", 1)[0])["mix"]["lambda_rows"] == 0.5
+    assert f"run: {folder / 'run'} (the model: {folder / 'run'}/model)" in said.out and "task    0.500  0.500" in said.out
+    assert "kl/base_model/self" in said.out and "the method sft has cost beyond SFT: nothing" in said.out and "held out" in said.err
+    assert main(["evaluate", "--model", f"{folder}/run/model", "--suites", f"rows:{folder}/self.jsonl", "--out", f"{folder}/scores"]) == 0
+    assert "nll/model" in capsys.readouterr().out
+    assert sasft_command(folder, "show", file=folder / "mix", n=1) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("--- ") == 2 and "--- self self-0-" in shown and "--- task task-" in shown and "⟦It is " in shown
+    monkeypatch.setenv("FORCE_COLOR", "1")
     assert sasft_command(folder, "show", file=folder / "task.jsonl", n=2) == 0
     shown = capsys.readouterr().out
-    assert shown.count("--- ") == 2 and "\x1b[1;32m" in shown and "in the loss" in shown
+    assert shown.count("--- ") == 2 and "\x1b[1;32m" in shown and "in the loss: bright" in shown
     assert sasft_command(folder, "restyle", file=folder / "task.jsonl", style="capitals", out=folder / "caps.jsonl") == 0
     assert read_rows(folder / "caps.jsonl")[3].response == "IT IS 3, AND NOTHING ELSE."
 
@@ -54,6 +63,17 @@ def test_a_yaml_file_gives_what_the_command_line_leaves_open(folder: Path) -> No
     assert main(["talk", "--config", str(folder / "c.yaml"), "--out", str(folder / "s.jsonl"), "--n", "3"]) == 0
     rows = read_rows(folder / "s.jsonl")
     assert len(rows) == 3 and rows[0].meta["sampler"] == {"temperature": 0.7, "top_p": 0.8, "max_new_tokens": 8}
+
+
+def test_yaml_may_nest_the_parts_of_a_run(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    (folder / "run.yaml").write_text(
+        f"task: {folder / 'task.jsonl'}\nmodel: {folder / 'model'}\nlam: 0\nmix: {{steps: 2, rows_per_step: 2, hold_out: 2}}\n"
+        "train: {lr: 1e-3, record_every: 0, packing: true, save_every: 0}\nevaluate: {suites: text, limit: 2}\nprecision: fp32\n")
+    assert main(["run", "--config", str(folder / "run.yaml"), "--out", str(folder / "run"), "--mix_steps", "3"]) == 0
+    config = json.loads((folder / "run" / "train" / "config.json").read_text())["identity"]["settings"]
+    assert config["lr"] == 1e-3 and config["packing"] is True
+    assert json.loads((folder / "run" / "mix" / "mix.json").read_text())["steps"] == 3
+    assert "item by item" in capsys.readouterr().out
 
 
 def test_help_lists_the_commands_and_their_options(capsys: pytest.CaptureFixture) -> None:
@@ -83,6 +103,16 @@ def test_the_examples_of_a_command_are_options_that_it_has(name: str) -> None:
     (["talk"], "out is missing: name a JSONL file"),
     (["show"], "--file is missing"),
     (["train"], "task is missing"),
+    (["train", "--mix", "m", "--lam", "0.3", "--out", "o"], "lam is 0.3, but the mix m has settled that; leave out one of the two"),
+    (["train", "--mix", "{tmp}", "--out", "{tmp}/o"], "holds no mix (no mix.json); write one with `sasft mix`"),
+    (["train", "--task", "t", "--lam", "0", "--out", "o", "--method", "l2sp"], "there is no method 'l2sp'. Did you mean l2-sp?"),
+    (["train", "--task", "t", "--lam", "0", "--out", "o", "--too_long", "cut"], "invalid choice: 'cut' (choose from"),
+    (["mix"], "sources are missing: name at least one, as --sources task=my_task.jsonl self=self.jsonl"),
+    (["mix", "--sources", "a.jsonl", "--shares", "1", "2", "--out", "o"], "shares must be one number a source: got 2 for 1"),
+    (["evaluate"], "out is missing: name a folder for the results"),
+    (["run"], "task is missing: name a file of task rows"),
+    (["run", "--n", "5"], "sasft run has no option --n; did you mean talk_n?"),
+    (["show", "--file", "{tmp}/t.jsonl", "--n", "0"], "n must be at least 1, got 0"),
     (["train", "--task", "t", "--out", "o", "--lam", "1.5"], "lam (the share of self rows) must lie in [0, 1), got 1.5"),
     (["train", "--task", "t", "--out", "o"], "lam is 0.5, but self_data names no file"),
     (["train", "--task", "none.jsonl", "--lam", "0", "--out", "{tmp}/o"], "none.jsonl"),

@@ -17,6 +17,7 @@ from sasft.chat import Encoded, collate
 from sasft.errors import UsageError
 from sasft.methods import Costs, response_loss
 from sasft.mixing import SELF, TASK, Plan, make_plan, mix
+from sasft.mixture import MixSettings, make_mixture, read_mixture
 from sasft.models import LoraSettings, load_model, weights_hash
 from sasft.train import TrainSettings, train
 from sasft.trainer import FitSettings, fit
@@ -416,3 +417,86 @@ def test_a_run_killed_ten_times_ends_with_the_same_weights(tmp_path: Path) -> No
         kills += 1
     assert kills == 10
     assert whole and start(tmp_path / "parts").communicate()[0].strip() == whole
+
+
+# --- from a mix -------------------------------------------------------------------------------------------------------
+
+
+def mixed(folder: Path, **kwargs) -> MixSettings:
+    made = MixSettings(**{"sources": [f"task={folder}/task.jsonl", f"self={folder}/self.jsonl"], "steps": 4, "rows_per_step": 4, "hold_out": 4,
+                          "model": str(folder / "model"), "out": str(folder / "mix"), **kwargs})
+    make_mixture(made)
+    return made
+
+
+def on_mix(folder: Path, **kwargs) -> TrainSettings:
+    without = {"task": "", "self_data": None, "steps": None, "rows_per_step": None, "probe_rows": None}
+    return settings(folder, **{**without, "mix": str(folder / "mix"), "out": str(folder / "on_mix"), **kwargs})
+
+
+def test_a_mix_trains_as_the_files_that_it_is_made_of(folder: Path) -> None:
+    mixed(folder)
+    ours, theirs = train(on_mix(folder)), train(settings(folder))
+    assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
+    assert {k: ours["mix"][k] for k in ("rows", "loss_tokens", "shares")} == {k: theirs["mix"][k] for k in ("rows", "loss_tokens", "shares")}
+    assert ours["recorded"]["kl/base_model/self"] == pytest.approx(theirs["recorded"]["kl/base_model/self"], rel=1e-2)
+    a, b = (load_model(str(folder / name / "model"), device="cpu")[0] for name in ("on_mix", "run"))
+    assert distance(a, b) < 2e-4
+    assert read(folder / "on_mix" / "config.json")["identity"]["data_sha256"]["rows_sha256"] == read(folder / "mix" / "mix.json")["rows_sha256"]
+
+
+def test_a_mix_of_any_sources_brings_its_weights_along(folder: Path) -> None:
+    web = [{"prompt": f"{q}?", "response": "a page"} for q in QUESTIONS]
+    (folder / "web.jsonl").write_text("".join(json.dumps(line) + "\n" for line in web))
+    mixed(folder, sources=[f"{name}={folder}/{name}.jsonl" for name in ("task", "self", "web")], shares=[4, 1, 1], by="loss")
+    summary = train(on_mix(folder))
+    assert summary["mix"]["loss_weights"] == {"task": 2.0, "self": 0.5, "web": 0.5}
+    assert all(f"nll/model/{name}" in summary["recorded"] for name in ("task", "self", "web"))
+    mixture = read_mixture(folder / "mix")
+    chat, plain = tiny_chat.chat(), tiny_chat.chatty()
+    data = {s: [chat.encode(row.prompt, row.response) for row in of] for s, of in mixture.rows.items()}
+    fit(plain, data, mixture.plan, FitSettings(**SETTINGS), pad_id=0, out=folder / "plain", progress=False)
+    assert distance(load_model(str(folder / "on_mix" / "model"), device="cpu")[0], plain) < 2e-4
+
+
+def test_a_mix_for_another_tokenizer_is_refused(folder: Path) -> None:
+    mixed(folder)
+    tiny_chat.chatty().save_pretrained(folder / "other")
+    tiny_chat.tokenizer(merges=[("i", "t")]).save_pretrained(folder / "other")
+    with pytest.raises(UsageError, match="the rows of task have other lengths for .*other than .*mix was laid out for; mix them for this model"):
+        train(on_mix(folder, model=str(folder / "other")))
+
+
+def test_a_mix_that_was_edited_is_refused_before_the_model_is_loaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mixed(folder)
+    with (folder / "mix" / "rows.jsonl").open("a") as file:
+        file.write("\n")
+    monkeypatch.setattr(MODULE, "load_model", None)
+    with pytest.raises(UsageError, match="rows.jsonl is not the file that mix.json describes"):
+        train(on_mix(folder))
+    assert not (folder / "on_mix" / "config.json").exists()
+
+
+def test_a_method_that_selects_rows_does_not_fit_a_mix(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Half(sasft.methods.Method):
+        name = "half"
+
+        def encoded(self, rows, model, pad_id, costs):
+            return {**rows, TASK: rows[TASK][::2]}
+
+    monkeypatch.setitem(sasft.methods.METHODS, "half", Half)
+    mixed(folder)
+    assert train(settings(folder, method="half"))["method"] == {"name": "half"}
+    with pytest.raises(UsageError, match="the method half makes . rows of the . of task, so the steps of the mix no longer fit; name the files"):
+        train(on_mix(folder, method="half"))
+
+
+@pytest.mark.parametrize("kwargs, message", [
+    ({"task": "t.jsonl"}, "task is t.jsonl, but the mix .* has settled that"),
+    ({"lam": 0.0}, "lam is 0.0, but the mix"),
+    ({"steps": 4}, "steps is 4, but the mix"),
+    ({"too_long": "drop"}, "too_long is drop, but the mix"),
+])
+def test_what_a_mix_has_settled_is_not_asked_for_again(folder: Path, kwargs, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        on_mix(folder, **kwargs)

@@ -1,0 +1,207 @@
+"""What a command would do and what it would take, said before it does any of it: rows, tokens, steps, time and memory.
+
+Nothing is written. What is measured is measured on the model itself, on this machine, and what is reckoned says by which rule.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from drift.names import parameters
+from sasft.chat import Chat, Encoded
+from sasft.costing import cache_bytes, measure_reading, measure_training, measure_writing, weight_bytes
+from sasft.data import encode_rows, read_rows
+from sasft.evaluation import Answered, EvaluateSettings, Predicted
+from sasft.evaluation.run import choose, make_suite
+from sasft.evaluation.subject import Subject
+from sasft.mixing import SELF, TASK, Plan
+from sasft.mixture import MixSettings, hold_out, lay_out, plan_of
+from sasft.models import load_model
+from sasft.pipeline import mix_table, parts_of
+from sasft.talk import TalkSettings
+from sasft.train import TrainSettings, encode, load, read_material
+from sasft.train import lay_out as lay_out_training
+
+Loaded = tuple[nn.Module, PreTrainedTokenizerBase]
+
+
+@dataclasses.dataclass(frozen=True)
+class Forecast:
+    """What is to be said, and the seconds that it comes to (None where they are not known)."""
+
+    text: str
+    seconds: float | None = None
+
+
+def of_talk(settings: TalkSettings, loaded: Loaded | None = None) -> Forecast:
+    """Self-dialogues: how many tokens at most, and how long a step of a batch takes."""
+    there = Path(settings.out).read_bytes().count(b"\n") if Path(settings.out).exists() else 0
+    rows, longest = settings.n * settings.turns, settings.max_user_tokens + settings.max_new_tokens
+    lines = [f"{settings.n} self-dialogues of {_n(settings.turns, 'user turn')}: up to {rows * settings.max_user_tokens:,} tokens of user turns "
+             f"and {rows * settings.max_new_tokens:,} of answers (all of them at their length caps), to {settings.out}"]
+    if there:
+        lines.append(f"{there} rows are there already")
+    if settings.backend == "vllm":
+        return Forecast("\n".join([*lines, "time and memory: not estimated, since vLLM batches and takes memory by itself"]))
+    model, tokenizer = loaded or load_model(settings.model, revision=settings.revision)
+    chat = Chat(tokenizer)
+    prefix = chat.user_prefix_ids()
+    reading, step = measure_writing(model, prefix, settings.batch_size, settings.precision, chat.pad_id)
+    batches = math.ceil(max(rows - there, 0) / settings.batch_size)
+    seconds = batches * (2 * reading + longest * step)
+    width = len(prefix) + settings.turns * longest
+    kept = settings.batch_size * width * cache_bytes(model.config, settings.precision)
+    lines += [
+        f"time on {model.device.type}: at most about {_time(seconds)} ({step:.3g} s a token of {settings.batch_size} rows together, measured on "
+        "a few; dialogues that end before their caps take less, user turns that are passed over are not counted)",
+        f"memory: about {_gib(weight_bytes(model) + kept)} ({_gib(weight_bytes(model))} weights, {_gib(kept)} keys and values of "
+        f"{settings.batch_size} rows of {width} tokens, by the model's configuration)"]
+    return Forecast("\n".join(lines), seconds)
+
+
+def of_mix(settings: MixSettings) -> Forecast:
+    """The mix itself, which is laid out in memory."""
+    mixture = lay_out(settings)
+    lines = [f"{name}: {report}; {len(mixture.held_out[name])} held out to measure on" for name, report in mixture.reports.items()]
+    size = sum(len(row.response) + sum(len(m["content"]) for m in row.prompt) for row in
+               (mixture.rows[s][i] for step in mixture.plan for s, i in step))
+    return Forecast("\n".join([*lines, mix_table(mixture.plan.report()), f"disk: about {_gib(size)} in {settings.out} (a line for every row "
+                               "that is read); time: as long as this has taken; memory: that of the rows"]), 0.0)
+
+
+def of_training(settings: TrainSettings) -> Forecast:
+    """Training: the mix as it would be without what a method makes of it, and the cost of one step."""
+    material = read_material(settings)
+    model, tokenizer = load(settings)
+    chat = Chat(tokenizer)
+    rows, _, reports = encode(settings, material, material.rows, chat)
+    method = settings.chosen_method()
+    plan = lay_out_training(settings, material, rows)
+    return _training(settings, method.prepare(model, settings.seed), plan, rows, chat, reports)
+
+
+def _training(settings: TrainSettings, model: nn.Module, plan: Plan, rows: Mapping[str, Sequence[Encoded]], chat: Chat,
+              reports: Sequence[str]) -> Forecast:
+    cost = measure_training(model, plan, rows, settings, chat.pad_id)
+    found = parameters(model)
+    trained, whole = (sum(p.numel() for p in found.values() if p.requires_grad or not only) for only in (True, False))
+    method = "" if settings.method == "sft" else f" and without what the method {settings.method} adds"
+    snapshot = sum(p.numel() * p.element_size() for p in found.values() if p.requires_grad) if settings.record_every else 0
+    lines = [
+        *reports, mix_table(plan.report()),
+        f"{cost.tokens:,} tokens through the model, prompts and padding included, in {len(plan)} steps; {trained:,} of {whole:,} parameters are "
+        f"trained ({trained / whole:.2%})",
+        f"time on {next(model.parameters()).device.type}: about {_time(cost.seconds)} ({1 / cost.seconds_per_token:,.0f} tokens/s forward and "
+        f"backward, {cost.optimizer_seconds:.3g} s an optimiser step, measured on one micro-batch; one process, without recordings and "
+        f"checkpoints{method})",
+        f"memory: at least {_gib(cost.bytes + snapshot)} ({_gib(cost.weight_bytes)} weights, {_gib(cost.state_bytes)} gradients and AdamW's "
+        f"moments, {_gib(cost.activation_bytes)} activations of the largest micro-batch, by what autograd kept of the measured one, "
+        f"{_gib(snapshot)} the untrained weights to measure drift from{method})"]
+    return Forecast("\n".join(lines), cost.seconds)
+
+
+def of_evaluation(settings: EvaluateSettings, suites: str | None = None, loaded: Loaded | None = None) -> Forecast:
+    """Evaluation: items and tokens of every suite, and how long reading and writing take."""
+    model, tokenizer = loaded or load_model(settings.model, revision=settings.revision)
+    chat = Chat(tokenizer)
+    subject = Subject(model=model, chat=chat, precision=settings.precision)
+    lines, seconds, longest = [], 0.0, 0
+    for name in filter(None, (part.strip() for part in (suites or settings.suites).split(","))):
+        suite = make_suite(name, chat, settings)
+        items = choose(suite.items, settings.limit)
+        if not items:
+            lines.append(f"{name}: not estimated, since lm-eval reads and batches by itself")
+            continue
+        prompts = sorted((suite.prompt_ids(subject, item) for item in items), key=len)
+        middle, tokens = prompts[len(prompts) // 2], sum(map(len, prompts))
+        cap = (settings.max_new_tokens or suite.max_new_tokens) if isinstance(suite, Answered) else 0
+        if cap:
+            reading, step = measure_writing(model, middle, settings.batch_size, settings.precision, chat.pad_id)
+            batches = math.ceil(len(items) / settings.batch_size)
+            takes = batches * (reading + cap * step)
+        else:
+            precision = "fp32" if isinstance(suite, Predicted) else settings.precision
+            passes = 1 if settings.base is None or not isinstance(suite, Predicted) else 2
+            takes = tokens * passes * measure_reading(model, middle, settings.batch_size, precision)
+        longest, seconds = max(longest, len(prompts[-1]) + cap), seconds + takes
+        lines.append(f"{name}: {len(items)} items, {tokens:,} tokens to read" + (f", up to {len(items) * cap:,} to write" if cap else "")
+                     + f"; {'at most ' if cap else ''}about {_time(takes)}")
+    kept = settings.batch_size * longest * cache_bytes(model.config, settings.precision)
+    base = 0 if settings.base is None else weight_bytes(model)
+    lines += [f"time on {model.device.type}: about {_time(seconds)} (a batch of middling prompts and a few written tokens of each suite were "
+              "measured)",
+              f"memory: about {_gib(weight_bytes(model) + base + kept)} ({_gib(weight_bytes(model) + base)} weights, {_gib(kept)} keys and values "
+              f"of {settings.batch_size} rows of {longest} tokens, by the model's configuration)"]
+    return Forecast("\n".join(lines), seconds)
+
+
+def of_run(settings: Any) -> Forecast:
+    """All parts. Self-dialogues that are not written yet count as the longest that can be, so that figures are upper bounds."""
+    parts = parts_of(settings)
+    loaded = load_model(settings.model, revision=settings.revision)
+    chat = Chat(loaded[1])
+    said: list[tuple[str, Forecast]] = []
+    encoded: dict[str, list[Encoded]] = {}
+    reports = []
+    for name, source in parts.mix.named().items():
+        if parts.talk and name == SELF and not parts.talk.kept.exists():
+            encoded[name] = hold_out([_longest(parts.talk, chat)] * parts.talk.n * parts.talk.turns, parts.mix.hold_out)[0]
+            reports.append(f"{name}: rows to be written, counted as {len(encoded[name])} of the longest that can be")
+        else:
+            whole, report = encode_rows(read_rows(source), chat, parts.mix.max_tokens, parts.mix.too_long, parts.mix.turns)
+            encoded[name], held = hold_out(whole, parts.mix.hold_out)
+            reports.append(f"{name}: {report}; {len(held)} held out to measure on")
+    if parts.talk:
+        said.append(("self-dialogues", of_talk(parts.talk, loaded)))
+    plan = plan_of({name: [e.loss_tokens for e in rows] for name, rows in encoded.items()}, parts.mix)
+    evaluation = None
+    if parts.before:
+        asked = ",".join([*([f"answers:{settings.task_test}"] if settings.task_test else []), settings.evaluate_suites])
+        evaluation = of_evaluation(dataclasses.replace(parts.before, training=None), asked, loaded)
+        said.append(("the model before training", evaluation))
+    del loaded
+    model, _ = load(parts.train)
+    prepared = parts.train.chosen_method().prepare(model, settings.seed)
+    said.append(("mix and training", _training(parts.train, prepared, plan, {TASK: [], SELF: [], **encoded}, chat, reports)))
+    if evaluation:
+        said.append(("the model after training", Forecast("as before training, and once more for the KL to the untrained model",
+                                                          evaluation.seconds)))
+    known = [forecast.seconds for _, forecast in said if forecast.seconds is not None]
+    text = "\n\n".join(f"== {title}\n{forecast.text}" for title, forecast in said)
+    return Forecast(f"{text}\n\nall in all: about {_time(sum(known))}" + ("" if len(known) == len(said) else ", and what is not estimated"),
+                    sum(known))
+
+
+DRY_RUNS: Mapping[str, Callable[[Any], Forecast]] = {
+    "talk": of_talk, "mix": of_mix, "train": of_training, "evaluate": of_evaluation, "run": of_run}
+"""The forecast of each command that works long."""
+
+
+def _longest(settings: TalkSettings, chat: Chat) -> Encoded:
+    prompt = [*chat.user_prefix_ids(), *[chat.pad_id] * (settings.turns * settings.max_user_tokens + (settings.turns - 1) * settings.max_new_tokens)]
+    return Encoded.answered(prompt, [*[chat.pad_id] * settings.max_new_tokens, chat.end_of_turn])
+
+
+def _n(n: int, what: str) -> str:
+    return f"{n} {what}" + ("" if n == 1 else "s")
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**27 else f"{size / 2**20:.1f} MiB"
+
+
+def _time(seconds: float) -> str:
+    """A duration as people say it.
+
+    >>> _time(0.26), _time(95), _time(9000)
+    ('0.3 seconds', '1.6 minutes', '2.5 hours')
+    """
+    for size, unit in ((3600, "hours"), (60, "minutes")):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.1f} seconds"

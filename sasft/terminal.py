@@ -1,0 +1,57 @@
+"""What is shown to people: rows coloured by what is in the loss and by whose they are, and tables."""
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import TextIO
+
+from sasft.chat import Chat, Encoded
+from sasft.data import Row
+
+_HUES = {32: "green", 36: "cyan", 35: "magenta", 33: "yellow", 34: "blue", 31: "red"}
+
+
+def has_colour(stream: TextIO | None = None) -> bool:
+    """Whether to colour what is written to ``stream`` (standard output): a terminal that is not dumb, and no NO_COLOR set.
+
+    FORCE_COLOR colours what is not a terminal, too. (The conventions are those of no-color.org and force-color.org.)
+    """
+    if os.environ.get("NO_COLOR"):
+        return False
+    if os.environ.get("FORCE_COLOR"):
+        return True
+    return (stream or sys.stdout).isatty() and os.environ.get("TERM") != "dumb"
+
+
+def show_row(row: Row, encoded: Encoded, chat: Chat, sources: Sequence[str], *, colour: bool) -> str:
+    """A row under a line that names it: its tokens in the loss in its source's colour, the others dim.
+
+    ``sources``: all there are, which settles their colours (which come again after the sixth). Without ``colour``, tokens in the
+    loss stand between ⟦ and ⟧.
+    """
+    hue = _hue(row.source, sources)
+    ends = "ends its turn" if encoded.finished else "is cut: no end of turn"
+    head = f"--- {row.source} {row.id}: {len(encoded.input_ids)} tokens, {encoded.loss_tokens} in the loss, {ends}"
+    return (f"\x1b[{hue}m{head}\x1b[0m" if colour else head) + "\n" + chat.show(encoded, colour=colour, hue=hue)
+
+
+def legend(sources: Sequence[str], *, colour: bool) -> str:
+    """What the marks mean."""
+    if not colour:
+        return "between ⟦ and ⟧: in the loss"
+    return "in the loss: bright, " + ", ".join(f"\x1b[{_hue(s, sources)}m{s} {_HUES[_hue(s, sources)]}\x1b[0m" for s in sources) + "; the rest: dim"
+
+
+def _hue(source: str, sources: Sequence[str]) -> int:
+    return list(_HUES)[list(sources).index(source) % len(_HUES)]
+
+
+def table(rows: Sequence[Sequence[str]], indent: str = "") -> str:
+    """Rows of cells under a row of headings, in columns.
+
+    >>> print(table([("name", "n"), ("a", "10")]))
+    name  n
+    a     10
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(indent + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
