@@ -5,9 +5,9 @@ a row come from a counter-based generator keyed by the row's seed. Which other r
 which device it runs, therefore does not enter the draw (beyond the rounding of the logits themselves).
 """
 
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import compress
 
 import numpy as np
 import torch
@@ -16,12 +16,10 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from sasft.errors import UsageError
+from sasft.paged import Refilled
 
 # Most of a truncated distribution lies in few tokens: a partial sort of this many is tried before a full one.
 _NUCLEUS_FIRST = 1024
-# Finished rows are taken out of the batch once they are this share of it; waiting rows take their places once this share is free.
-_COMPACT_AT = 0.25
-_REFILL_AT = 0.125
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +116,7 @@ def draw(logits: Tensor, u: Tensor, sampler: Sampler) -> Tensor:
     tokens = None
     if sampler.top_p < 1:
         probs, tokens = _nucleus(probs, sampler.top_p)
-    cdf = probs.double().cumsum(-1)
+    cdf = probs.cumsum(-1, dtype=torch.float64)
     threshold = (u.to(cdf.device) * cdf[:, -1]).unsqueeze(-1)
     # right=True skips tokens of zero probability when the threshold falls on their (empty) interval.
     choice = torch.searchsorted(cdf, threshold, right=True).clamp_(max=cdf.shape[-1] - 1)
@@ -151,11 +149,11 @@ def sample(
 ) -> list[Sample]:
     """Sample one response for every prompt.
 
-    Without ``slots`` all rows make one batch: prompts are left-padded, finished rows leave the batch. With ``slots`` at most
-    that many rows run together, the longest prompts first, and finished rows give their places to waiting ones, an eighth of
-    the batch at a time: a place holds keys and values for no more than the longest prompt and response among its neighbours, so
-    memory is that of one padded batch of ``slots`` rows, while no row waits for the longest one to end. Needs a model that
-    attends to all or to the last so many tokens; one with a recurrent state is refused.
+    Without ``slots`` all rows make one batch: prompts are left-padded, finished rows leave the batch. With ``slots`` rows share the
+    memory for keys and values that a padded batch of ``slots`` rows would need, the longest prompt and ``max_new_tokens`` each:
+    a row holds only what it has said so far, so more than ``slots`` run together, no row waits for the longest one to end, and
+    what all prompts begin with is computed once (:mod:`sasft.paged`). Needs a model that attends to all or to the last so many
+    tokens; one with a recurrent state is refused.
 
     Runs under whatever autocast is active: to keep the sampler equal to the model that is trained, sample under the precision
     of the training. ``greedy`` takes the most probable token instead of drawing. ``on_tokens(n)`` is told after each step how
@@ -172,7 +170,12 @@ def sample(
     was_training = model.training
     model.eval()
     try:
-        return _Decoder(model, prompts, seeds, sampler, stop_id, pad_id, greedy).run(slots, on_tokens, on_done)
+        answers = _Answers(prompts, seeds, sampler, stop_id, greedy, on_tokens, on_done)
+        if slots is None:
+            _padded(model, answers, pad_id)
+        else:
+            Refilled(model, answers, slots, sampler.max_new_tokens).run()
+        return answers.all()
     finally:
         model.train(was_training)
 
@@ -186,145 +189,56 @@ def _check_slots(model: PreTrainedModel, slots: int) -> None:
                          "and values of single tokens can be put beside others; sample padded batches (slots=None)")
 
 
-@dataclass
-class _Batch:
-    """Rows in the middle of being written.
+class _Answers:
+    """What every row has said so far; draws what it says next."""
 
-    ``index`` of each among all prompts, whether it is still ``active``, its ``steps`` so far. The cache holds all tokens but the
-    last, ``mask`` says where. Rows end in the same column, so a shorter row begins later.
-    """
-
-    cache: DynamicCache  # keys and values [B, heads, T, d]
-    mask: Tensor  # [B, T]
-    tokens: Tensor  # [B, 1], the last ones
-    position: Tensor  # [B, 1], of the last ones
-    index: Tensor  # [B], on the CPU like the next two
-    active: Tensor
-    steps: Tensor
-
-    def keep_active(self) -> None:
-        keep = self.active.nonzero().squeeze(-1)
-        on_device = keep.to(self.tokens.device)
-        self.cache.batch_select_indices(on_device)
-        self.tokens, self.position, self.mask = self.tokens[on_device], self.position[on_device], self.mask[on_device]
-        self.index, self.active, self.steps = self.index[keep], self.active[keep], self.steps[keep]
-
-    def join(self, other: "_Batch") -> None:
-        """Take the rows of another batch in, and drop the columns on the left that no row needs any more."""
-        width = max(_used(self.mask), _used(other.mask))
-        self.trim(width), other.trim(width)
-        self.mask = torch.cat([self.mask, other.mask])
-        for mine, new in zip(self.cache.layers, other.cache.layers, strict=True):
-            mine.keys, mine.values = torch.cat([mine.keys, new.keys]), torch.cat([mine.values, new.values])
-        for name in ("tokens", "position", "index", "active", "steps"):
-            setattr(self, name, torch.cat([getattr(self, name), getattr(other, name)]))
-
-
-    def trim(self, width: int) -> None:
-        """Cut the columns on the left, or add empty ones, so that there are ``width``."""
-        self.mask = _to_width(self.mask, width, dim=1)
-        for layer in self.cache.layers:
-            layer.keys, layer.values = _to_width(layer.keys, width, dim=2), _to_width(layer.values, width, dim=2)
-
-
-def _used(mask: Tensor) -> int:
-    """Columns from the first that some row uses to the last."""
-    return mask.shape[1] - int(mask.any(0).int().argmax())
-
-
-def _to_width(x: Tensor, width: int, dim: int) -> Tensor:
-    """Cut or filled with zeros on the left of dimension ``dim``."""
-    missing = width - x.shape[dim]
-    if missing <= 0:
-        return x.narrow(dim, -missing, width)
-    shape = list(x.shape)
-    shape[dim] = missing
-    return torch.cat([x.new_zeros(shape), x], dim)
-
-
-class _Decoder:
-    def __init__(self, model, prompts, seeds, sampler, stop_id, pad_id, greedy) -> None:
-        self.model, self.prompts, self.sampler = model, prompts, sampler
-        self.stop_id, self.pad_id, self.greedy = stop_id, pad_id, greedy
-        self.device = next(model.parameters()).device
+    def __init__(self, prompts, seeds, sampler, stop_id, greedy, on_tokens, on_done) -> None:
+        self.prompts, self.sampler, self.stop_id, self.greedy = prompts, sampler, stop_id, greedy
+        self.on_tokens, self.on_done = on_tokens, on_done
         self.uniforms = torch.from_numpy(np.stack([row_uniforms(s, sampler.max_new_tokens) for s in seeds]))
-        self.ids: list[list[int]] = [[] for _ in prompts]
+        self.said: list[list[int]] = [[] for _ in prompts]
         self.logprobs: list[list[float]] = [[] for _ in prompts]
         self.samples: dict[int, Sample] = {}
-        self.untold: dict[int, Sample] = {}
 
-    def run(self, slots, on_tokens, on_done) -> list[Sample]:
-        order = range(len(self.prompts))
-        if slots is None:
-            slots, config, widest = len(order), self.model.config, None
-        else:
-            # Without the configuration every layer keeps all its keys, in the columns of the mask.
-            order, config = sorted(order, key=lambda i: -len(self.prompts[i])), None
-            widest = max(map(len, self.prompts)) + self.sampler.max_new_tokens
-        waiting = deque(order)
-        batch = None
-        while True:
-            going = 0 if batch is None else int(batch.active.sum())
-            if not going and not waiting:
-                break
-            full = batch is not None and batch.mask.shape[1] == widest  # the row that was the first in this batch has ended
-            if waiting and (full or slots - going >= max(1, _REFILL_AT * slots)):
-                fresh = self._begin([waiting.popleft() for _ in range(min(slots - going, len(waiting)))], config)
-                on_tokens(self._step(fresh))
-                if going:
-                    batch.keep_active()
-                    batch.join(fresh)
-                else:
-                    batch = fresh
-                self._tell(on_done)
-                continue
-            if full or (~batch.active).float().mean() >= _COMPACT_AT:
-                batch.keep_active()
-            if full:
-                batch.trim(_used(batch.mask))
-            batch.mask = torch.cat([batch.mask, batch.mask.new_ones(len(batch.mask), 1)], dim=1)
-            on_tokens(self._step(batch))
-        self._tell(on_done)
+    def next(self, rows: Sequence[int], logits: Tensor) -> tuple[Tensor, list[bool]]:
+        """Token [B] that each of the rows says next, and whether the row goes on after it."""
+        u = self.uniforms[rows, [len(self.logprobs[i]) for i in rows]]
+        chosen = logits.argmax(-1) if self.greedy else draw(logits, u, self.sampler)
+        logprob = logits.gather(-1, chosen.unsqueeze(-1)).squeeze(-1).float() - logits.float().logsumexp(-1)
+        done: dict[int, Sample] = {}
+        for i, token, lp in zip(rows, chosen.tolist(), logprob.tolist(), strict=True):
+            self.logprobs[i].append(lp)
+            finished = token == self.stop_id
+            if not finished:
+                self.said[i].append(token)
+            if finished or len(self.said[i]) == self.sampler.max_new_tokens:
+                done[i] = Sample(tuple(self.said[i]), tuple(self.logprobs[i]), finished)
+        self.on_tokens(len(rows) - sum(row.finished for row in done.values()))
+        if done:
+            self.on_done(done)
+            self.samples |= done
+        return chosen, [i not in done for i in rows]
+
+    def all(self) -> list[Sample]:
         return [self.samples[i] for i in range(len(self.prompts))]
 
-    def _begin(self, indices: Sequence[int], config) -> _Batch:
-        """A batch of new rows; its ``tokens`` and ``position`` are those of the whole prompts."""
-        width = max(len(self.prompts[i]) for i in indices)
-        ids = torch.full((len(indices), width), self.pad_id, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for row, i in enumerate(indices):
-            ids[row, width - len(self.prompts[i]):] = torch.tensor(self.prompts[i])
-            mask[row, width - len(self.prompts[i]):] = 1
-        mask = mask.to(self.device)
-        return _Batch(DynamicCache(config=config), mask, ids.to(self.device), mask.cumsum(-1).sub(1).clamp(min=0),
-                      torch.tensor(indices), torch.ones(len(indices), dtype=torch.bool),
-                      torch.zeros(len(indices), dtype=torch.long))
 
-    def _step(self, batch: _Batch) -> int:
-        """Run the model on the batch's tokens and draw the next one of every row; how many rows it gave one."""
-        logits = self.model(input_ids=batch.tokens, attention_mask=batch.mask, position_ids=batch.position,
-                            past_key_values=batch.cache, use_cache=True, logits_to_keep=1).logits[:, -1]
-        # Rows that have ended keep drawing until they leave the batch; nothing of it is kept.
-        u = self.uniforms[batch.index, batch.steps.clamp(max=self.sampler.max_new_tokens - 1)]
-        chosen = logits.argmax(-1) if self.greedy else draw(logits, u, self.sampler)
-        logprob = torch.log_softmax(logits.float(), -1).gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
-        batch.steps += 1
-        given = 0
-        for row, (i, token, lp) in enumerate(zip(batch.index.tolist(), chosen.tolist(), logprob.tolist(), strict=True)):
-            if batch.active[row]:
-                self.logprobs[i].append(lp)
-                finished = token == self.stop_id
-                if not finished:
-                    self.ids[i].append(token)
-                    given += 1
-                if finished or len(self.ids[i]) == self.sampler.max_new_tokens:
-                    batch.active[row] = False
-                    self.untold[i] = Sample(tuple(self.ids[i]), tuple(self.logprobs[i]), finished)
-        batch.tokens, batch.position = chosen.unsqueeze(-1), batch.position[:, -1:] + 1
-        return given
-
-    def _tell(self, on_done) -> None:
-        if self.untold:
-            on_done(self.untold)
-            self.samples |= self.untold
-            self.untold = {}
+def _padded(model: PreTrainedModel, answers: _Answers, pad_id: int) -> None:
+    """All rows in one batch, in transformers' own cache, until the last has ended."""
+    device = next(model.parameters()).device
+    width = max(map(len, answers.prompts))
+    ids = torch.tensor([[pad_id] * (width - len(p)) + list(p) for p in answers.prompts]).to(device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in answers.prompts]).to(device)
+    position = mask.cumsum(-1).sub(1).clamp(min=0)
+    cache = DynamicCache(config=model.config)
+    rows = list(range(len(answers.prompts)))
+    while rows:
+        logits = model(input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True,
+                       logits_to_keep=1).logits[:, -1]
+        chosen, going = answers.next(rows, logits)
+        rows = list(compress(rows, going))
+        keep = torch.tensor(going).nonzero().squeeze(-1).to(device)
+        if not all(going):
+            cache.batch_select_indices(keep)
+        ids, position = chosen[keep].unsqueeze(1), position[keep, -1:] + 1
+        mask = torch.cat([mask[keep], mask.new_ones(len(keep), 1)], 1)

@@ -129,27 +129,26 @@ def many(n: int = 24) -> list[list[int]]:
     return [[rng.randrange(3, 32) for _ in range(rng.randrange(1, 14))] for _ in range(n)]
 
 
-def watch(model: PreTrainedModel) -> list[torch.Size]:
-    """Shapes of the attention masks of all forward passes."""
-    shapes: list[torch.Size] = []
-    model.register_forward_pre_hook(lambda _, args, kwargs: shapes.append(kwargs["attention_mask"].shape), with_kwargs=True)
-    return shapes
+BEGINNING = [7, 30, 4, 4, 9, 12, 3, 8]  # longer than mistral's window
 
 
 @cache
-def one_by_one(make) -> list:
-    return [sample(make(), [p], [s], LONG, stop_id=STOP, pad_id=PAD)[0] for s, p in enumerate(many())]
+def one_by_one(make, beginning: bool = False, stop: int = STOP) -> list:
+    model = make()
+    return [sample(model, [BEGINNING * beginning + p], [s], LONG, stop_id=stop, pad_id=PAD)[0] for s, p in enumerate(many())]
+
+
+def assert_same(rows, alone) -> None:
+    assert [r.ids for r in rows] == [r.ids for r in alone] and [r.finished for r in rows] == [r.finished for r in alone]
+    for a, b in zip(alone, rows, strict=True):
+        assert b.logprobs == pytest.approx(a.logprobs, abs=1e-4)
 
 
 @pytest.mark.parametrize("slots", [1, 3, 8, 100])
 @pytest.mark.parametrize("make", [zoo.llama, gpt2, mistral])
 def test_a_row_does_not_depend_on_who_takes_its_neighbours_places(make, slots: int) -> None:
-    model, prompts = make(), many()
-    alone = one_by_one(make)
-    refilled = sample(model, prompts, range(len(prompts)), LONG, stop_id=STOP, pad_id=PAD, slots=slots)
-    assert [r.ids for r in refilled] == [r.ids for r in alone] and [r.finished for r in refilled] == [r.finished for r in alone]
-    for a, b in zip(alone, refilled, strict=True):
-        assert b.logprobs == pytest.approx(a.logprobs, abs=1e-4)
+    alone, prompts = one_by_one(make), many()
+    assert_same(sample(make(), prompts, range(len(prompts)), LONG, stop_id=STOP, pad_id=PAD, slots=slots), alone)
     assert {r.finished for r in alone} == {True, False}
 
 
@@ -161,17 +160,57 @@ def test_a_row_does_not_depend_on_the_order_of_all_rows() -> None:
     assert [straight[i].ids for i in order] == [r.ids for r in mixed]
 
 
-def test_refilled_places_stay_within_the_memory_of_a_batch_and_are_seldom_idle() -> None:
-    model, prompts, slots, cap = zoo.llama(), many(200), 16, 80
-    shapes, given = watch(model), []
+def watch(model: PreTrainedModel) -> tuple[list[torch.Size], set[int]]:
+    """Rows and columns of all forward passes, and for how many tokens their caches have places."""
+    passes: list[torch.Size] = []
+    places: set[int] = set()
+
+    def note(_, args, kwargs, out) -> None:
+        passes.append(kwargs["input_ids"].shape)
+        places.update(len(x) - 1 for layer in kwargs["past_key_values"].layers for x in (layer.keys, layer.values))
+
+    model.register_forward_hook(note, with_kwargs=True)
+    return passes, places
+
+
+@pytest.mark.parametrize("make", [zoo.llama, mistral])
+def test_what_all_prompts_begin_with_is_computed_once(make) -> None:
+    model, prompts = make(), [BEGINNING + p for p in many()]
+    passes, _ = watch(model)
+    assert_same(sample(model, prompts, range(len(prompts)), LONG, stop_id=STOP, pad_id=PAD, slots=100), one_by_one(make, True))
+    assert passes[0] == (1, len(BEGINNING)) and {width for _, width in passes[1:]} == {1, max(map(len, many()))}
+
+
+def test_prompts_that_are_all_the_same_are_computed_once() -> None:
+    model = zoo.llama()
+    passes, _ = watch(model)
+    rows = sample(model, [[5, 6, 7]] * 9, range(9), LONG, stop_id=STOP, pad_id=PAD, slots=9)
+    assert passes[0] == (1, 2) and {width for _, width in passes[1:]} == {1}
+    assert_same(rows, [sample(model, [[5, 6, 7]], [s], LONG, stop_id=STOP, pad_id=PAD)[0] for s in range(9)])
+
+
+def test_rows_that_must_give_way_go_on_where_they_were() -> None:
+    """No answer ends before the cap, so that more rows begin than there are places for at the end."""
+    model, prompts = mistral(), [BEGINNING + p for p in many()]
+    passes, _ = watch(model)
+    rows = sample(model, prompts, range(len(prompts)), LONG, stop_id=99, pad_id=PAD, slots=3)
+    assert max(width for _, width in passes) > max(map(len, many()))  # a prompt with some of its answer, begun again
+    assert_same(rows, one_by_one(mistral, True, stop=99))
+
+
+@pytest.mark.parametrize("slots", [1, 16])
+def test_refilled_rows_stay_within_the_memory_of_a_padded_batch_and_seldom_wait(slots: int) -> None:
+    model, prompts, cap, given = zoo.llama(), many(200), 80, []
+    passes, places = watch(model)
     rows = sample(model, prompts, range(200), Sampler(temperature=1, top_p=1, max_new_tokens=cap), stop_id=STOP, pad_id=PAD,
                   slots=slots, on_tokens=given.append)
-    assert max(n for n, _ in shapes) == slots
-    assert max(width for _, width in shapes) <= max(map(len, prompts)) + cap
+    assert places == {slots * (max(map(len, prompts)) + cap)}
+    assert max(n for n, width in passes if width > 1) <= slots < max(n for n, _ in passes) <= 4 * slots
     assert sum(given) == sum(len(r.ids) for r in rows)
     lengths = [len(r.ids) + r.finished for r in rows]
-    padded = sum(slots * max(lengths[i : i + slots]) for i in range(0, 200, slots))  # every batch until its longest row ends
-    assert sum(lengths) <= sum(n for n, _ in shapes) < 1.15 * sum(lengths) < 0.6 * padded
+    assert sum(n for n, _ in passes) < 1.1 * sum(lengths)  # hardly a row gives way
+    padded = sum(max(lengths[i : i + slots]) for i in range(0, 200, slots))  # passes, if every batch goes on until its longest row ends
+    assert len(passes) < 0.5 * padded
 
 
 def test_all_rows_are_told_as_they_end_and_once() -> None:
