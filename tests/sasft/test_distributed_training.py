@@ -15,6 +15,7 @@ import yaml
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
+from transformers import TrainerCallback
 
 import drift
 from sasft.errors import UsageError
@@ -48,15 +49,24 @@ def tied(lora: bool) -> nn.Module:
     return method("lora", r=2).prepare(model) if lora else model
 
 
-def train_one(folder: Path, kind: str, lora: bool, **settings) -> tuple[nn.Module, list[tuple[float, float]], dict[str, int]]:
+class Stop(TrainerCallback):
+    """Ctrl-C before the third step."""
+
+    def on_step_begin(self, args, state, control, **kwargs) -> None:
+        if state.global_step == 2:
+            raise KeyboardInterrupt
+
+
+def train_one(folder: Path, kind: str, lora: bool, stop: bool = False, **settings) -> tuple[nn.Module, list[tuple[float, float]], dict[str, int]]:
     """Three steps: the model, the losses and gradient norms, and what it has cost; packed, also a record of drift and alignment."""
     model = tied(lora)
     sources = drift.SourceGradients(model, ["task", "self"], folds=1)
     recorder = drift.DriftCallback(folder / "drift", reference=drift.Reference.snapshot(model), probes=[sources], every=1)
+    callbacks = [*([recorder] if kind == "asft" else []), *([Stop()] if stop else [])]
     options = {"max_new_tokens": 6} if kind == "spin" else {}
     objective, data = cases.started(method(kind, **options), model, cases.rows())
     log = cases.fit(model, data, cases.plan_of(data, 3), cases.FitSettings(**{**cases.SETTINGS, **settings}), pad_id=0, out=folder,
-                    objective=objective, progress=False, callbacks=[recorder] if kind == "asft" else [])
+                    objective=objective, progress=False, callbacks=callbacks)
     costs = Costs() if objective is None else objective.costs
     return model, [(e["loss"], e["grad_norm"]) for e in log if "loss" in e], costs.describe()
 
@@ -108,6 +118,8 @@ def work(folder: Path) -> None:
     found["refused"]["version"] = refusal(lambda: train_one(folder / "refused", "sft", False))
     sharding(False)
     found["files"]["ddp"] = from_files(folder, folder / "ddp-files")
+    moved, steps, _ = train_one(folder / "moved", "sft", False, micro_rows=1, save_every=1)
+    found["moved"] = {"weights": trained_weights(moved), "steps": steps}
     torch.save(found, folder / f"found-{dist.get_rank()}.pt")
     dist.destroy_process_group()
 
@@ -129,6 +141,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def both(folder: Path) -> list[dict[str, Any]]:
     """What the two processes have found."""
+    with pytest.raises(KeyboardInterrupt):
+        train_one(folder / "moved", "sft", False, stop=True, micro_rows=2, save_every=1)
     (folder / "config.yaml").write_text(yaml.safe_dump(CONFIG))
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(folder / "config.yaml"), "--main_process_port", "0",
                "-m", __name__, str(folder)]
@@ -174,6 +188,13 @@ def test_sharded_weights_go_on_from_a_checkpoint(both) -> None:
     for found in both:
         assert furthest(found["resumed"]["weights"], found["full"]["weights"]) == 0
         assert found["resumed"]["steps"] == found["full"]["steps"]
+
+
+def test_two_processes_go_on_where_one_was_stopped(both, tmp_path: Path) -> None:
+    model, steps, _ = train_one(tmp_path, "sft", False)
+    for found in both:
+        assert [x for step in found["moved"]["steps"] for x in step] == pytest.approx([x for step in steps for x in step], rel=1e-4)
+        assert furthest(found["moved"]["weights"], trained_weights(model)) < 1e-4
 
 
 @pytest.mark.parametrize("what, message", [
