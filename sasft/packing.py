@@ -58,7 +58,7 @@ def check_rows_apart(model: nn.Module, row: Encoded) -> None:
     # Flash attention takes half precision only.
     with measuring(model), torch.autocast(device.type, torch.bfloat16, enabled="flash" in attention):
         alone, *behind = logits(ids), logits([0] * _TOKENS, ids), logits([1] * _TOKENS, ids)
-    rounding = (0.05 if alone.dtype.itemsize < 4 else 1e-3) * alone.abs().max()
+    rounding = 0.05 * alone.abs().max()  # far above that of bf16; what leaks changes logits by tens of per cent
     if (behind[0] - behind[1]).abs().max() > rounding:
         found = "tokens of one row see those of another"
     elif (behind[0] - alone).abs().max() > rounding:

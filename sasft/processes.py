@@ -1,4 +1,9 @@
-"""Several processes, as ``accelerate launch`` and ``torchrun`` start them: the first one writes, the others wait for it."""
+"""Several processes, as ``accelerate launch`` and ``torchrun`` start them: the first one writes, the others wait for it.
+
+``accelerate launch -m sasft.cli train ...`` copies the weights to every process (DDP). With ``--config_file``, a YAML file with
+``distributed_type: FSDP`` and an ``fsdp_config`` of ``fsdp_version: 2``, ``fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP`` and
+``fsdp_cpu_ram_efficient_loading: false``, it shards them; every process still loads them whole, before they are sharded.
+"""
 
 import os
 from collections.abc import Callable, Iterator
