@@ -22,10 +22,18 @@ def check_weights(low: float = 0.0, high: float = float("inf"), **values: float)
             raise UsageError(f"{name} must be {wanted}, got {value}")
 
 
-def need_rows(method: str, rows: Mapping[str, Sequence[Encoded]], on: str) -> None:
-    """Raise :class:`UsageError` if a source that the method works on has no rows."""
+def check_counts(least: int = 1, **values: int) -> None:
+    """Raise :class:`UsageError` for a value below ``least``."""
+    for name, value in values.items():
+        if value < least:
+            raise UsageError(f"{name} must be at least {least}, got {value}")
+
+
+def need_rows(method: str, rows: Mapping[str, Sequence[Encoded]], on: str) -> list[Encoded]:
+    """The rows of the sources that the method works on, one source after the other; raises :class:`UsageError` if one has none."""
     for name in source_names(on):
         if not rows.get(name):
             having = ", ".join(source for source, found in rows.items() if found)
             raise UsageError(f"the method {method} works on rows of the source {name!r}, which has none; there are rows of "
                              f"{having or 'no source'}")
+    return [row for name in source_names(on) for row in rows[name]]

@@ -12,10 +12,10 @@ from sasft.chat import Encoded, collate
 from sasft.errors import UsageError
 from sasft.methods.answers import answer_rows, end_of_turn
 from sasft.methods.base import Batch, Costs, Method, Objective, score
-from sasft.methods.checks import check_weights, need_rows, source_names
+from sasft.methods.checks import check_counts, check_weights, need_rows, source_names
 from sasft.methods.frozen_base import FrozenBase
 from sasft.methods.tokens import TokenObjective, forward_kl
-from sasft.mixing import SELF
+from sasft.mixing import SELF, TASK
 from sasft.sampling import row_seed
 from sasft.settings import option
 
@@ -70,7 +70,7 @@ class KlTask(Method):
     paper: ClassVar[str] = "arXiv 2605.26097 (kl_dwn)"
 
     weight: float = option(1.0, "weight of the KL beside the cross-entropy; 0 is SFT")
-    on: str = option("task", "sources with the KL, with commas between them")
+    on: str = option(TASK, "sources with the KL, with commas between them")
 
     def __post_init__(self) -> None:
         check_weights(weight=self.weight)
@@ -89,7 +89,7 @@ class OnlineReplay(Method):
 
     ``kl``: :math:`R=\frac1N\sum_tKL(p_{\theta_0}(\cdot|t)\Vert p_\theta(\cdot|t))` (``kl_pre``); ``ntp``:
     :math:`R=\frac1N\sum_tCE_t` (``ntp_pre``).
-    Every step answers some prompts of the source ``prompts`` anew, sampled from the frozen θ₀ at T = 1 without truncation, where
+    Every step answers some prompts of the sources ``prompts`` anew, sampled from the frozen θ₀ at T = 1 without truncation, where
     the two have one expected gradient. Source: arXiv 2605.26097 (c = 1), which continues a BOS token; answering prompts through
     the chat template is our choice. A step's rows follow from the seed and the step alone; those of ``buffer`` steps are written
     together. Cost: ``rows_per_step`` answers a step, a forward (``kl``) and a forward and backward pass on them.
@@ -100,7 +100,7 @@ class OnlineReplay(Method):
 
     weight: float = option(1.0, "c, the weight of the mean over replayed tokens beside that over the step's; 0 is SFT")
     loss: Literal["kl", "ntp"] = option("kl", "kl: divergence to the base; ntp: cross-entropy of what the base wrote")
-    prompts: str = option(SELF, "source whose prompts are answered")
+    prompts: str = option(SELF, "sources whose prompts are answered, with commas between them")
     rows_per_step: int = option(8, "answers a step")
     max_new_tokens: int = option(128, "length cap of an answer; cut answers are kept, without an end-of-turn token")
     buffer: int = option(16, "steps whose answers are sampled together")
@@ -110,15 +110,12 @@ class OnlineReplay(Method):
         check_weights(weight=self.weight)
         if self.loss not in ("kl", "ntp"):
             raise UsageError(f"loss must be kl or ntp, got {self.loss!r}")
-        for name in ("rows_per_step", "max_new_tokens", "buffer"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_counts(rows_per_step=self.rows_per_step, max_new_tokens=self.max_new_tokens, buffer=self.buffer)
 
     def objective(self, model: nn.Module, rows: Mapping[str, Sequence[Encoded]], pad_id: int, costs: Costs) -> Objective | None:
         if self.weight == 0:
             return None
-        need_rows(self.name, rows, self.prompts)
-        return _Replay(self, FrozenBase(model), rows[self.prompts], pad_id, costs)
+        return _Replay(self, FrozenBase(model), need_rows(self.name, rows, self.prompts), pad_id, costs)
 
 
 class _Replay(Objective):

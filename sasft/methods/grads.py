@@ -17,7 +17,7 @@ from drift.numerics import at_least_fp32
 from sasft.chat import Encoded, collate
 from sasft.errors import UsageError
 from sasft.methods.base import Batch, Costs, Method, response_loss, score
-from sasft.methods.checks import check_weights, need_rows
+from sasft.methods.checks import check_counts, check_weights, need_rows
 from sasft.mixing import TASK
 from sasft.settings import option
 
@@ -59,8 +59,7 @@ class Grads(Method):
             raise UsageError(f"keep must be one of {', '.join(KEEP)}, got {self.keep!r}")
         if not 0 < self.lr < float("inf"):
             raise UsageError(f"lr must be a number > 0, got {self.lr}")
-        if self.rows_per_step < 1:
-            raise UsageError(f"rows_per_step must be at least 1, got {self.rows_per_step}")
+        check_counts(rows_per_step=self.rows_per_step)
 
     def encoded(self, rows: Mapping[str, Sequence[Encoded]], model: nn.Module, pad_id: int,
                 costs: Costs) -> dict[str, list[Encoded]]:

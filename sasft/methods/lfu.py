@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sasft.chat import IGNORE, Encoded
 from sasft.errors import UsageError
 from sasft.methods.base import Batch, Costs, Method, Objective, score
-from sasft.methods.checks import check_weights
+from sasft.methods.checks import check_counts, check_weights
 from sasft.settings import option
 
 
@@ -46,8 +46,7 @@ class Lfu(Method):
         check_weights(weight=self.weight, alpha=self.alpha)
         if self.variant not in ("lora", "steering"):
             raise UsageError(f"variant must be lora or steering, got {self.variant!r}")
-        if self.rank < 1:
-            raise UsageError(f"rank must be at least 1, got {self.rank}")
+        check_counts(rank=self.rank)
 
     def objective(self, model: nn.Module, rows: Mapping[str, Sequence[Encoded]], pad_id: int, costs: Costs) -> Objective | None:
         return None if 0 in (self.weight, self.alpha) else _Lfu(self, model, costs)

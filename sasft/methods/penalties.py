@@ -16,7 +16,7 @@ from drift.names import trainable
 from sasft.chat import Encoded
 from sasft.errors import UsageError
 from sasft.methods.base import Costs, Method, Objective
-from sasft.methods.checks import check_weights, need_rows
+from sasft.methods.checks import check_counts, check_weights, need_rows, source_names
 from sasft.mixing import SELF
 from sasft.probes import batches
 from sasft.settings import option
@@ -82,20 +82,19 @@ class Ewc(Method):
     paper: ClassVar[str] = "arXiv 1612.00796"
 
     weight: float = option(1.0, "lambda; 0 is SFT")
-    on: str = option(SELF, "source of the rows that stand for old data")
-    fisher_rows: int = option(256, "rows of it that F is estimated on, from the first one")
+    on: str = option(SELF, "sources of the rows that stand for old data, with commas between them")
+    fisher_rows: int = option(256, "rows of them that F is estimated on, from the first one")
     seed: int = option(0, "seed of the labels")
 
     def __post_init__(self) -> None:
         check_weights(weight=self.weight)
-        if self.fisher_rows < 1:
-            raise UsageError(f"fisher_rows must be at least 1, got {self.fisher_rows}")
+        source_names(self.on)
+        check_counts(fisher_rows=self.fisher_rows)
 
     def objective(self, model: nn.Module, rows: Mapping[str, Sequence[Encoded]], pad_id: int, costs: Costs) -> Objective | None:
         if self.weight == 0:
             return None
-        need_rows(self.name, rows, self.on)
-        old = rows[self.on][: self.fisher_rows]
+        old = need_rows(self.name, rows, self.on)[: self.fisher_rows]
         costs.backward_tokens += sum(len(row.input_ids) for row in old)
         with torch.autocast(next(model.parameters()).device.type, enabled=False):
             found = fisher.diagonal(model, batches(old, pad_id), seed=self.seed)

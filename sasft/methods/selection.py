@@ -13,6 +13,7 @@ from sasft.evaluation.scoring import exact_match, rouge_l
 from sasft.files import write_json
 from sasft.filters import prompt_text
 from sasft.methods.base import Method, Workshop
+from sasft.methods.checks import check_counts
 from sasft.methods.judging import against_reference, grades, on_its_own
 from sasft.methods.written import greedy, writing
 from sasft.mixing import SELF, TASK
@@ -54,10 +55,8 @@ class SLearnLlm(Method):
             raise UsageError(f"grader must be one of {', '.join(GRADERS)}, got {self.grader!r}")
         if not self.pass_mark > 0:
             raise UsageError(f"pass_mark must be a number > 0, got {self.pass_mark}; at 0 every answer would be right")
-        if self.max_new_tokens < 1:
-            raise UsageError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
-        if self.think_tokens < 0:
-            raise UsageError(f"think_tokens must be at least 0, got {self.think_tokens}")
+        check_counts(max_new_tokens=self.max_new_tokens)
+        check_counts(0, think_tokens=self.think_tokens)
 
     def rows(self, sources: Mapping[str, Sequence[Row]], workshop: Workshop) -> dict[str, list[Row]]:
         found = super().rows(sources, workshop)
@@ -130,8 +129,7 @@ class Improved(Method):
     samples: int = option(3, "n, candidates for each answer, the self row's own one included; 1 is SA-SFT")
 
     def __post_init__(self) -> None:
-        if self.samples < 1:
-            raise UsageError(f"samples must be at least 1, got {self.samples}")
+        check_counts(samples=self.samples)
 
     def rows(self, sources: Mapping[str, Sequence[Row]], workshop: Workshop) -> dict[str, list[Row]]:
         found = super().rows(sources, workshop)

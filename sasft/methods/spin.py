@@ -9,10 +9,9 @@ from torch import Tensor, nn
 
 from drift.forward import on_device
 from sasft.chat import Encoded, collate
-from sasft.errors import UsageError
 from sasft.methods.answers import answer_rows, end_of_turn
 from sasft.methods.base import Batch, Costs, Method, Objective, of_sources, score, unwrapped
-from sasft.methods.checks import check_weights, need_rows
+from sasft.methods.checks import check_counts, check_weights, need_rows
 from sasft.methods.frozen_base import scored_rows
 from sasft.mixing import TASK
 from sasft.sampling import row_seed
@@ -47,8 +46,7 @@ class Spin(Method):
     def __post_init__(self) -> None:
         check_weights(beta=self.beta)
         check_weights(0, 1, weight=self.weight)
-        if self.max_new_tokens < 1:
-            raise UsageError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        check_counts(max_new_tokens=self.max_new_tokens)
 
     def encoded(self, rows: Mapping[str, Sequence[Encoded]], model: nn.Module, pad_id: int,
                 costs: Costs) -> dict[str, list[Encoded]]:

@@ -134,3 +134,13 @@ def test_methods_without_their_rows_say_so(name: str) -> None:
     data = {**cases.rows(), "self": []}
     with pytest.raises(UsageError, match=f"the method {name} works on rows of the source 'self', which has none; there are rows of task"):
         method(name).objective(cases.tiny(), data, 0, Costs())
+
+
+def test_rows_are_taken_from_as_many_sources_as_are_named() -> None:
+    data = cases.rows()
+    tokens = sum(len(row.input_ids) for rows in data.values() for row in rows)
+    method("ewc", on="task, self", weight=1.0).objective(cases.tiny(), data, 0, costs := Costs())
+    assert costs.backward_tokens == tokens
+    replay = method("online-replay", prompts="task,self").objective(cases.tiny(), data, 0, Costs())
+    assert replay.prompts == [*data["task"], *data["self"]]
+    assert method("kl-task", on="task,self").objective(cases.tiny(), data, 0, Costs()).on == ("task", "self")
