@@ -23,6 +23,7 @@ from sasft.methods import (
     rewriting,
     selection,
     spin,
+    synthesis,
     weighting,
 )
 from sasft.methods.base import Batch, Costs, Method, Objective, Scored, Workshop, of_sources, response_loss, score
@@ -38,7 +39,7 @@ METHODS: dict[str, type[Method]] = {kind.name: kind for kind in (
     weighting.Stm, weighting.Dft, weighting.Asft, weighting.Ual,
     lfu.Lfu, spin.Spin,
     selection.SLearnLlm, selection.Improved, grads.Grads, perturbation.Perturbed,
-    rewriting.Rewriting,
+    rewriting.Rewriting, synthesis.Ssr, synthesis.SelfGuide,
 )}
 """Every method by its name."""
 

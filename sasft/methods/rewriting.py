@@ -30,7 +30,7 @@ _SHOWN = """{prompt}
 Reference answer:
 {answer}
 
-Answer the request above yourself. Say what the reference answer says, in your own words, and write nothing but the answer."""
+Using the reference answer, write your own answer to the request."""
 
 
 @dataclass(frozen=True, kw_only=True)
