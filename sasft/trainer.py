@@ -224,13 +224,15 @@ def fit(
     last = _last_checkpoint(Path(args.output_dir))
     if last is not None and objective is not None:
         vars(objective.costs).update(json.loads((last / _COSTS).read_text(encoding="utf-8")))
-    trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    try:
+        trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    finally:
+        if settings.activation_checkpointing:
+            model.activation_checkpointing_disable()
+            model.disable_input_require_grads()
     if objective is not None:
         trainer.add_up_costs()
     trainer.accelerator.wait_for_everyone()  # who goes on may remove checkpoints that others still write
-    if settings.activation_checkpointing:
-        model.activation_checkpointing_disable()
-        model.disable_input_require_grads()
     return trainer.state.log_history
 
 

@@ -71,10 +71,10 @@ def train_one(folder: Path, kind: str, lora: bool, stop: bool = False, **setting
     return model, [(e["loss"], e["grad_norm"]) for e in log if "loss" in e], costs.describe()
 
 
-def from_files(folder: Path, out: Path) -> dict[str, Any]:
+def from_files(folder: Path, out: Path, record_every: int = 0) -> dict[str, Any]:
     return train(TrainSettings(
         **{**cases.SETTINGS, "micro_rows": 2, "save_every": 2}, model=str(folder / "model"), task=str(folder / "task.jsonl"), self_data=str(folder / "self.jsonl"),
-        out=str(out), steps=3, rows_per_step=4, record_every=0, lora_rank=2))
+        out=str(out), steps=3, rows_per_step=4, record_every=record_every, lora_rank=2))
 
 
 # --- what each of the two processes does ------------------------------------------------------------------------
@@ -112,12 +112,13 @@ def work(folder: Path) -> None:
     found["resumed"] = {"weights": trained_weights(resumed), "steps": steps}
     found["refused"] = {kind: refusal(lambda kind=kind, lora=lora: train_one(folder / "refused", kind, lora)) for kind, lora in REFUSED}
     found["files"] = {"sharded": from_files(folder, folder / "sharded")}
+    found["refused"]["recording"] = refusal(lambda: from_files(folder, folder / "recording", record_every=1))
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "true"
     found["refused"]["loading"] = refusal(lambda: from_files(folder, folder / "loading"))
     os.environ.update(FSDP_VERSION="1", FSDP_CPU_RAM_EFFICIENT_LOADING="false", FSDP_SYNC_MODULE_STATES="false")
     found["refused"]["version"] = refusal(lambda: train_one(folder / "refused", "sft", False))
     sharding(False)
-    found["files"]["ddp"] = from_files(folder, folder / "ddp-files")
+    found["files"]["ddp"] = from_files(folder, folder / "ddp-files", record_every=2)
     moved, steps, _ = train_one(folder / "moved", "sft", False, micro_rows=1, save_every=1)
     found["moved"] = {"weights": trained_weights(moved), "steps": steps}
     torch.save(found, folder / f"found-{dist.get_rank()}.pt")
@@ -201,6 +202,7 @@ def test_two_processes_go_on_where_one_was_stopped(both, tmp_path: Path) -> None
     ("l2-sp", "weights sharded by FSDP2 can't be had with the objective L2Sp, which does more with them than one pass"),
     ("spin", "weights sharded by FSDP2 can't be had with the objective Spin"),
     ("kl-self", "with the objective Kl and LoRA, where the base is the model without its adapters"),
+    ("recording", "record_every is 1, but instruments put the base's weights into the model"),
     ("loading", "fsdp_cpu_ram_efficient_loading leaves all processes but the first without the model's weights"),
     ("version", "accelerate's configuration has fsdp_version 1; set fsdp_version: 2"),
 ])
@@ -216,10 +218,11 @@ def test_sharding_without_processes_is_refused(tmp_path: Path, monkeypatch: pyte
 
 @pytest.mark.parametrize("kind", ["sharded", "ddp"])
 def test_two_processes_leave_the_folder_of_one(kind: str, both, folder: Path, tmp_path: Path) -> None:
-    one = from_files(folder, tmp_path / "one")
-    out = folder / ("sharded" if kind == "sharded" else "ddp-files")
-    assert both[0]["files"][kind] == both[1]["files"][kind] == json.loads((out / "summary.json").read_text())
-    assert both[0]["files"][kind]["loss"] == pytest.approx(one["loss"], rel=1e-4)
+    one = from_files(folder, tmp_path / "one", record_every=0 if kind == "sharded" else 2)
+    out, two = folder / ("sharded" if kind == "sharded" else "ddp-files"), both[0]["files"][kind]
+    assert two == both[1]["files"][kind] == json.loads((out / "summary.json").read_text())
+    assert two["loss"] == pytest.approx(one["loss"], rel=1e-4) and two["recorded"] == pytest.approx(one["recorded"], rel=1e-3, abs=1e-5)
+    assert bool(two["recorded"]) == (kind == "ddp")
     assert {p.name for p in out.iterdir()} == {p.name for p in (tmp_path / "one").iterdir()}
     mine, theirs = (trained_weights(load_model(str(where / "model"), device="cpu")[0]) for where in (tmp_path / "one", out))
     assert furthest(mine, theirs) < 1e-4
