@@ -176,7 +176,8 @@ def gradient_gram(model: nn.Module, batch: Batch, *, forward: Forward = logits_o
     if rows is None:
         rows = torch.arange(len(labels)).unsqueeze(1).expand(labels.shape)
     if rows.shape != labels.shape or rows.is_floating_point() or int(rows.min()) < 0:
-        raise ValueError(f"rows must be whole numbers from 0 on in the shape of labels {tuple(labels.shape)}, got {rows.dtype} {tuple(rows.shape)}")
+        raise ValueError(f"rows must be whole numbers from 0 on in the shape of labels {tuple(labels.shape)}, got {rows.dtype} {tuple(rows.shape)} "
+                         f"from {rows.min()} on")
     n_rows = int(rows.max()) + 1
     collector = _RowGrams()
     with measuring(model), torch.enable_grad(), Interceptor(model).collecting(collector, Groups(rows, n_rows, tuple(labels.shape))):
@@ -243,9 +244,9 @@ class AlignmentProbe:
 
     def __init__(self, name: str, sources: Mapping[str, Sequence[Batch]], *, forward: Forward = logits_of,
                  every: Callable[[int], bool] | int | None = None) -> None:
-        if len(sources) < 2 or not all(sources.values()):
-            raise ValueError(f"probe {name!r}: sources must name at least two sources with batches, got "
-                             f"{ {k: len(v) for k, v in sources.items()} }")
+        if not isinstance(sources, Mapping) or len(sources) < 2 or not all(sources.values()):
+            found = {k: len(v) for k, v in sources.items()} if isinstance(sources, Mapping) else type(sources).__name__
+            raise ValueError(f"probe {name!r}: sources must name at least two sources with batches, got {found}")
         for batch in (b for batches in sources.values() for b in batches):
             check_batch(batch)
         self.name, self.forward, self.every = name, forward, every

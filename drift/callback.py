@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any, Self
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from drift.recorder import Probe, Recorder, record
-from drift.schedules import Schedule
-from drift.weights import Side
+from drift.recorder import UPDATE, Probe, Recorder, record
+from drift.schedules import Schedule, schedule
+from drift.weights import METRICS, Side, check_metrics
 
 if TYPE_CHECKING:  # slow to import
     from transformers import Trainer
@@ -29,6 +29,7 @@ class DriftCallback(TrainerCallback):
     def __init__(self, out: Path | str | None = "", *, every: int | Schedule = 1, probes: Sequence[Probe] = (),
                  reference: Side | None = None, metrics: Collection[str] = ("l2", "rel"), run: str = "run",
                  config: Mapping[str, Any] | None = None, overwrite: bool = False) -> None:
+        schedule(every), check_metrics(metrics, [*METRICS, UPDATE])
         self.out, self.every, self.probes, self.reference = out, every, probes, reference
         self.metrics, self.run, self.config, self.overwrite = metrics, run, config, overwrite
         self.recorder: Recorder | None = None

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from drift.adapters import adapters_disabled, has_adapters
 from drift.divergence import METRICS, Logits, Projected, RowDivergences, TokenDivergences, token_divergences
-from drift.forward import Batch, Forward, check_batch, counted, device_of, headless, logits_of, on_device
+from drift.forward import Batch, Forward, check_batch, counted, device_of, headless, logits_at, logits_of, on_device
 from drift.modes import measuring
 from drift.names import parameters
 from drift.numerics import at_least_fp32, check_finite
@@ -67,6 +67,8 @@ class DivergenceProbe:
                 raise ValueError(f"probe {name!r}, batch {i}: {error}") from None
         if isinstance(base, Path | str) and base != NO_ADAPTERS:
             base = _opened(Path(base), self.batches, name)
+        elif not (base is None or base == NO_ADAPTERS or isinstance(base, nn.Module | Reference)):
+            raise TypeError(f"probe {name!r}: base must be None, {NO_ADAPTERS!r}, a model, a Reference or a path, got {type(base).__name__}")
         self.base = base
         self._kept: list[Logits] | None = None
         self._prepared_for: Reference | None = None
@@ -149,7 +151,7 @@ class DivergenceProbe:
         moved = on_device(batch, device_of(model))
         row, column, targets = counted(moved["labels"])
         if self.forward is not logits_of:
-            return self.forward(model, moved)[row, column], targets, row
+            return logits_at(model, moved, self.forward, row, column), targets, row
         columns, place = column.unique(return_inverse=True)
         head = self._plain_head(model, moved)
         if head is None:
@@ -203,7 +205,7 @@ def store_base(path: Path | str, model: nn.Module, batches: Sequence[Batch], *, 
 
 def _logits(model: nn.Module, batch: Batch, forward: Forward) -> Tensor:
     row, column, _ = counted(batch["labels"])
-    return forward(model, batch)[row, column]
+    return logits_at(model, batch, forward, row, column)
 
 
 def _digest(batches: Sequence[Batch]) -> str:

@@ -25,6 +25,8 @@ def logits_of(model: nn.Module, batch: Batch, columns: Tensor | None = None) -> 
     inputs = {k: batch[k] for k in ("input_ids", "attention_mask", "position_ids") if k in batch}
     accepted = signature(model.forward).parameters
     takes_any = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
+    if "input_ids" not in accepted and not takes_any:
+        raise TypeError(f"{type(model).__name__} takes no input_ids; give forward=, a function of the model and a batch that returns logits [B, T, V]")
     mask = inputs.get("attention_mask")
     if isinstance(mask, Tensor) and mask.dim() == 2 and "position_ids" not in inputs and (takes_any or "position_ids" in accepted):
         inputs["position_ids"] = mask.cumsum(-1).sub(1).clamp(min=0)
@@ -86,10 +88,22 @@ def counted(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return row, column, shifted[row, column]
 
 
+def logits_at(model: nn.Module, batch: Batch, forward: Forward, row: Tensor, column: Tensor) -> Tensor:
+    """Logits [N, V] of the positions (``row``, ``column``) [N] in a batch. Raises ``ValueError`` if ``forward`` gives no [B, T, V]."""
+    logits = forward(model, batch)
+    rows, tokens = batch["labels"].shape
+    if not isinstance(logits, Tensor) or logits.dim() != 3 or len(logits) != rows or not tokens - 1 <= logits.shape[1] <= tokens:
+        found = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"forward must return logits [B, T, V], of {rows} rows and {tokens} tokens here, got {found}")
+    return logits[row, column]
+
+
 def counted_log_p(model: nn.Module, batch: Batch, forward: Forward) -> tuple[Tensor, Tensor]:
     """Log-probabilities [N, V] at the counted positions, in float32 at least, and the tokens [N] that stand there."""
     row, column, targets = counted(batch["labels"])
-    log_p = torch.log_softmax(at_least_fp32(forward(model, batch)[row, column]), -1)
+    log_p = torch.log_softmax(at_least_fp32(logits_at(model, batch, forward, row, column)), -1)
+    if int(targets.min()) < 0 or int(targets.max()) >= log_p.shape[1]:
+        raise ValueError(f"labels must be -100 or lie in 0 ... {log_p.shape[1] - 1}, the vocabulary, got {int(targets.min())} ... {int(targets.max())}")
     finite = log_p.detach().gather(1, targets.unsqueeze(1)).isfinite()
     if not bool(finite.all()):
         check_finite("the weight", {n: bool(p.isfinite().all()) for n, p in parameters(model).items()})

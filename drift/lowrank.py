@@ -80,6 +80,8 @@ def inner_with_dense(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
     7.0
     """
     a, b = joined(a, b)
+    if weight.shape != (len(b), a.shape[1]):
+        raise ValueError(f"weight must have the update's shape {[len(b), a.shape[1]]}, got {list(weight.shape)}")
     return torch.stack([((rows.double() @ a.T) * b[i * 1024 : i * 1024 + len(rows)]).sum()
                         for i, rows in enumerate(weight.detach().to(a.device).split(1024))]).sum()
 
@@ -121,6 +123,9 @@ def induced_gram(a: Tensor, b: Tensor, d_a: Tensor | None, d_b: Tensor | None, s
     """
     if d_a is None and d_b is None:
         raise ValueError("d_a and d_b are both None: one factor at least must have gradients")
+    for name, d, factor in (("d_a", d_a, a), ("d_b", d_b, b)):
+        if d is not None and d.shape[1:] != factor.shape:
+            raise ValueError(f"{name} must be [G, {factor.shape[0]}, {factor.shape[1]}], got {list(d.shape)}")
     a, b = a.double(), b.double()
     d_a, d_b = (None if d is None else d.double() for d in (d_a, d_b))
     total: Tensor | float = 0.0

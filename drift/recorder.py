@@ -100,6 +100,8 @@ class Recorder:
         check_metrics(metrics, [*METRICS, UPDATE])
         if not isinstance(probes, Sequence) or isinstance(probes, str):
             raise TypeError(f"probes must be a list of probes, got {type(probes).__name__}")
+        if wrong := next((p for p in probes if not all(hasattr(p, has) for has in ("name", "every", "prepare", "rows"))), None):
+            raise TypeError(f"probes holds {wrong!r}, which is no probe: it must have name, every, prepare(model, reference) and rows(model, step)")
         names = [p.name for p in probes]
         if len(set(names)) < len(names):
             raise ValueError(f"probes must have different names, got {names}")

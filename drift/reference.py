@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from drift.adapters import Adapter, adapters, adapters_disabled, has_adapters
@@ -39,7 +39,7 @@ class Reference:
         self._tensors = dict(tensors or {})
         self._files = dict(files or {})
         self._opened: dict[Path, Any] = {}
-        self._held: dict[tuple[str, int], bool] = {}
+        self._held: dict[tuple[str, int | str], bool] = {}  # comparisons that were made once
         self.source = source
         self.partial = partial  # an adapter folder, which has few of the model's parameters
         self.moved_base = moved_base  # the initialisation of an adapter folder, where it changed the base weights
@@ -72,14 +72,19 @@ class Reference:
         path = Path(path)
         files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
         if not files:
-            raise FileNotFoundError(f"{path} is no .safetensors file and holds none")
+            others = sorted(f.name for f in path.glob("*.bin")) if path.is_dir() else []
+            hint = f", but {', '.join(others[:3])}: save it with safe_serialization=True" if others else ""
+            raise FileNotFoundError(f"{path} {f'is a folder without .safetensors files{hint}' if path.is_dir() else 'is not there'}")
         index = path / "model.safetensors.index.json"
         if path.is_dir() and index.exists():
             files = sorted({path / f for f in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
         names: dict[str, tuple[Path, str]] = {}
         for file in files:
-            with safe_open(file, framework="pt") as opened:
-                names.update({canonical_name(name): (file, name) for name in opened.keys()})
+            try:
+                with safe_open(file, framework="pt") as opened:
+                    names.update({canonical_name(name): (file, name) for name in opened.keys()})
+            except SafetensorError as error:
+                raise ValueError(f"{file} is no whole .safetensors file: {error}") from None
         if not (path / "adapter_config.json").exists():
             return cls(files=names, source=str(path))
         config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
@@ -152,8 +157,23 @@ class Reference:
             digest.update(tensor.reshape(-1)[:64].cpu().double().numpy().tobytes())
         return digest.hexdigest()
 
+    def surplus(self, model: nn.Module) -> list[str]:
+        """What shows that these are another model's weights: names in memory that the model has not, and weights that are tied in it and differ here.
+
+        Files may hold more than parameters.
+        """
+        mine, aliases = parameters(model), tied(model)
+        extra = [n for n in self._tensors if n not in mine and n not in aliases and ".lora_" not in n]
+        return extra + [n for n, first in aliases.items() if n in self and first in self and not self._equal(n, first)]
+
+    def _equal(self, name: str, other: str) -> bool:
+        key = (name, other)
+        if key not in self._held:
+            self._held[key] = self.shape(name) == self.shape(other) and self.holds(name, self.get(other))
+        return self._held[key]
+
     def check(self, model: nn.Module) -> None:
-        """Raise ``ValueError`` unless every parameter of the model is here with its shape (LoRA factors may be missing)."""
+        """Raise ``ValueError`` unless every parameter of the model is here with its shape (LoRA factors may be missing), and nothing else."""
         mine = parameters(model)
         aliases: dict[str, str] = {new: old for old, new in tied(model).items()}
         missing = [n for n in mine if n not in self and aliases.get(n) not in self and ".lora_" not in n]
@@ -165,6 +185,8 @@ class Reference:
         if wrong:
             raise ValueError("shapes differ between model and reference: "
                              + "; ".join(f"{n} is {a}, reference {b}" for n, a, b in wrong[:5]))
+        if surplus := self.surplus(model):
+            raise ValueError(f"{self.source} has {len(surplus)} parameters that the model has not, or ties to others ({', '.join(surplus[:5])})")
 
     @torch.no_grad()
     def load_into(self, model: nn.Module) -> None:

@@ -17,7 +17,7 @@ def schedule(every: "int | Schedule | None") -> Schedule:
     if callable(every):
         return every
     if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-        raise ValueError(f"every must be at least 1 step (or a function of the step), got {every}")
+        raise ValueError(f"every must be a whole number of steps, at least 1, or a function of the step, got {every!r}")
     return lambda step: step % every == 0
 
 

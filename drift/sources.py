@@ -171,14 +171,14 @@ class SourceGradients:
             self._checked, self._in_part = True, self._collector.in_part
 
     def _parsed(self, sources, units) -> tuple[Tensor, Tensor | None]:
-        if not isinstance(sources, Tensor) and len(sources) and isinstance(sources[0], str):
+        if not isinstance(sources, Tensor) and hasattr(sources, "__len__") and len(sources) and isinstance(sources[0], str):
             unknown = sorted(set(sources) - set(self.sources))
             if unknown:
                 raise ValueError(f"sources holds {unknown}; the names are {list(self.sources)}")
             sources = [self.sources.index(s) for s in sources]
         try:
             index = torch.as_tensor(sources).cpu()
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, RuntimeError):
             raise ValueError(f"sources must be names [B], or whole numbers [B] or [B, T], got {sources!r}") from None
         if index.dim() not in (1, 2) or index.is_floating_point() or index.is_complex():
             raise ValueError(f"sources must be whole numbers [B] or [B, T], got {index.dtype} {tuple(index.shape)}")

@@ -154,7 +154,7 @@ def deltas(model: Side, base: Side) -> Iterator[tuple[str, Delta]]:
     now, before = Reference.of(model), Reference.of(base)
     live = parameters(model) if isinstance(model, nn.Module) else None
     adapted = sorted({*now.adapters, *before.adapters})
-    _check(now, before, live, adapted)
+    _check(now, before, live, adapted, before.surplus(model) if isinstance(model, nn.Module) else None)
     for name in live if live is not None else sorted(now.names()):
         parameter = live[name] if live is not None else None
         if ".lora_" in name or name in adapted or (parameter is not None and not parameter.requires_grad):
@@ -164,11 +164,12 @@ def deltas(model: Side, base: Side) -> Iterator[tuple[str, Delta]]:
         yield name, _adapted(name, now, before)
 
 
-def _check(now: Reference, before: Reference, live: dict[str, nn.Parameter] | None, adapted: Collection[str]) -> None:
+def _check(now: Reference, before: Reference, live: dict[str, nn.Parameter] | None, adapted: Collection[str], extra: list[str] | None) -> None:
     measured = now.names() if live is None else {n for n, p in live.items() if p.requires_grad}
     measured = {n for n in measured if ".lora_" not in n and n not in adapted}
     missing = sorted(n for n in measured if n not in before)
-    extra = [] if live is not None or now.partial else sorted(n for n in before.names() - now.names() if ".lora_" not in n)
+    if extra is None:
+        extra = [] if now.partial else sorted(n for n in before.names() - now.names() if ".lora_" not in n)
     biased = next((n for n in sorted({*(live or ()), *now.names(), *before.names()}) if ".lora_B." in n and n.endswith("bias")), None)
     if biased is not None:
         raise NotImplementedError(f"{biased} is a bias of a LoRA factor (lora_bias=True), which moves the layer's own bias; it is not covered")

@@ -25,7 +25,7 @@ import re
 import shutil
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -293,7 +293,8 @@ def _write_table(out: Path, cells: Sequence[Cell]) -> Path:
                      "versions": ", ".join(f"{package} {number}" for package, number in result["versions"].items())}
             rows += [{**about, **score} for score in result["scores"]]
     hints = get_type_hints(TrainSettings)
-    kinds = {name: hints.get(name, str) for row in rows for name in row if name not in SCORE} | SCORE
+    settings = {f.name: hints[f.name] for f in fields(TrainSettings) if f.name != "out"}
+    kinds = {"cell": str, "arm": str, **settings, **{name: str for row in rows for name in row if name not in settings and name not in SCORE}, **SCORE}
     table, parts = out / "sweep.csv", [out / f".sweep.{end}.{os.getpid()}" for end in ("csv", "parquet")]
     with parts[0].open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, list(kinds))

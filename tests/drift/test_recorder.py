@@ -207,6 +207,8 @@ def test_misuse_is_explained(tmp_path: Path) -> None:
     assert sorted(values(rec.table(), "drift/l2", module="bias")) == [0, 1, 2, 7]
     with pytest.raises(TypeError, match="probes must be a list of probes, got Counter"):
         drift.record(model, probes=Counter())
+    with pytest.raises(TypeError, match="probes holds 'kl', which is no probe: it must have name"):
+        drift.record(model, probes=[Counter(), "kl"])
     with pytest.raises(ValueError, match="start_step must be 0 or .* got -1"):
         drift.record(model, start_step=-1)
     sources = drift.SourceGradients(model, ["a", "b"])
@@ -302,9 +304,9 @@ def test_recording_changes_no_weight_and_no_random_number() -> None:
     assert torch.equal(train(True), train(False))
 
 
-@pytest.mark.parametrize("every", [0, -1])
+@pytest.mark.parametrize("every", [0, -1, 2.5])
 def test_an_impossible_schedule_is_refused(every: int) -> None:
-    with pytest.raises(ValueError, match=f"every must be at least 1 step .* got {every}"):
+    with pytest.raises(ValueError, match=f"every must be a whole number of steps, at least 1, .* got {every}"):
         drift.record(nn.Linear(1, 1), every=every)
 
 

@@ -148,3 +148,75 @@ def test_a_step_whose_rows_belong_to_nobody(key: str | None, message: str) -> No
 def test_texts_that_are_none(texts) -> None:
     with pytest.raises(ValueError, match="texts must be a list of strings, got a"):
         drift.style_matrix(texts)
+
+
+def test_a_forward_that_gives_no_logits_of_the_batch() -> None:
+    def wrong(m: nn.Module, b: dict) -> torch.Tensor:
+        return m(b["input_ids"]).logits[:, 0]
+
+    held_out = drift.DivergenceProbe("held-out", [batch()], forward=wrong)
+    for measure in (lambda: drift.gradient_gram(model(), batch(), forward=wrong), lambda: held_out.prepare(model(), drift.Reference.snapshot(model()))):
+        with pytest.raises(ValueError, match=r"forward must return logits \[B, T, V\], of 5 rows and 7 tokens here, got \[5, 32\]"):
+            measure()
+    with pytest.raises(TypeError, match="Linear takes no input_ids; give forward="):
+        drift.gradient_gram(nn.Linear(2, 2), batch())
+
+
+def test_labels_outside_the_vocabulary() -> None:
+    with pytest.raises(ValueError, match=r"labels must be -100 or lie in 0 ... 31, the vocabulary, got \d+ ... 99"):
+        drift.gradient_gram(model(), batch(labels=LABELS.where(torch.arange(7) != 3, 99)))
+
+
+def test_factors_and_gradients_of_them_that_do_not_go_together() -> None:
+    a, b = torch.ones(1, 3), torch.ones(4, 1)
+    with pytest.raises(ValueError, match=r"d_a must be \[G, 1, 3\], got \[2, 2, 3\]"):
+        drift.lowrank.induced_gram(a, b, torch.ones(2, 2, 3), None)
+    with pytest.raises(ValueError, match=r"weight must have the update's shape \[4, 3\], got \[3, 4\]"):
+        drift.lowrank.inner_with_dense(torch.ones(3, 4), a, b)
+    with pytest.raises(ValueError, match=r"a \[r, n\] and b \[m, r\] must share r, got \(2, 3\) and \(4, 1\)"):
+        drift.lowrank.norm(torch.ones(2, 3), b)
+
+
+def test_rows_sources_and_bases_of_another_kind() -> None:
+    with pytest.raises(ValueError, match="rows must be whole numbers from 0 on .* from -1 on"):
+        drift.gradient_gram(model(), batch(), rows=torch.full((5, 7), -1))
+    for sources, found in (([batch(), batch()], "got list"), ({"a": [batch()], "b": []}, "got {'a': 1, 'b': 0}")):
+        with pytest.raises(ValueError, match=f"probe 'p': sources must name at least two sources with batches, {found}"):
+            drift.AlignmentProbe("p", sources)
+    with pytest.raises(TypeError, match="probe 'p': base must be None, 'without adapters', a model, a Reference or a path, got int"):
+        drift.DivergenceProbe("p", [batch()], base=3)
+    with drift.SourceGradients(model(), ["task", "self"]) as sources, pytest.raises(ValueError, match=r"sources must be names \[B\], .* got None"):
+        sources.tag(None)
+    for settings, message in (({"every": 0}, "every must be a whole number"), ({"metrics": ["l3"]}, r"metrics holds \['l3'\]")):
+        with pytest.raises(ValueError, match=message):
+            drift.DriftCallback(**settings)
+
+
+def test_a_base_of_another_model_is_refused_before_anything_is_recorded(tmp_path: Path) -> None:
+    """One whose head is not the embedding, where the model ties them, and one of more layers."""
+    untied, deeper = zoo.llama(tied=False), zoo.llama()
+    deeper.model.layers.append(zoo.llama().model.layers[0])
+    untied.save_pretrained(tmp_path / "untied")
+    for base, name in ((untied, "lm_head.weight"), (drift.Reference.snapshot(untied), "lm_head.weight"), (tmp_path / "untied", "lm_head.weight"),
+                       (deeper, "model.layers.2.self_attn.q_proj.weight")):
+        with pytest.raises(ValueError, match=f"differ in their parameters: 0 only in the first .* only in the second .*{name}"):
+            drift.parameter_drift(model(), base)
+        with pytest.raises(ValueError, match=f"parameters that the model has not, or ties to others .*{name}"), \
+                drift.record(model(), tmp_path / "run", reference=base):
+            pass
+        assert not list((tmp_path / "run" / "drift").iterdir())
+    model().save_pretrained(tmp_path / "tied")
+    assert max(d.l2 for d in drift.parameter_drift(model(), tmp_path / "tied")) == 0
+
+
+def test_files_that_hold_no_weights(tmp_path: Path) -> None:
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    (tmp_path / "torn.safetensors").write_bytes(b"1234")
+    (tmp_path / "empty").mkdir()
+    for path, kind, message in ((tmp_path / "none", FileNotFoundError, "none is not there"), (tmp_path / "empty", FileNotFoundError, "is a folder without .safetensors files$"),
+                                (tmp_path / "torn.safetensors", ValueError, "torn.safetensors is no whole .safetensors file")):
+        with pytest.raises(kind, match=message):
+            drift.parameter_drift(model(), path)
+    (tmp_path / "torn.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="without .safetensors files, but pytorch_model.bin: save it with safe_serialization=True"):
+        drift.Reference.open(tmp_path)
