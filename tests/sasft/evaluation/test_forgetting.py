@@ -30,10 +30,10 @@ BEFORE, AFTER = [1, 1, 1, 1, 0, 0], [1, 0, 0, 1, 1, 0]
 
 def test_flips_by_hand(tmp_path: Path) -> None:
     before = write(tmp_path / "b", "s", BEFORE)
-    after = write(tmp_path / "a", "s", AFTER, finished=[True, True, False, False, False, True])
+    after = write(tmp_path / "a", "s", AFTER, finished=[True, False, False, False, False, True])
     found = forgetting(before, after, "s")
     assert (found.metric, found.n, found.seeds, found.before, found.after) == ("acc", 6, 1, pytest.approx(4 / 6), 0.5)
-    assert (found.lost, found.gained, found.lost_unfinished) == pytest.approx((2 / 6, 1 / 6, 1 / 6))
+    assert (found.lost, found.gained, found.lost_unfinished) == pytest.approx((2 / 6, 1 / 6, 2 / 6))
     assert found.change == pytest.approx(-1 / 6) == pytest.approx(found.gained - found.lost) and found.drop == pytest.approx(1 / 6)
     assert found.choices is None and (found.lost_adjusted, found.gained_adjusted) == pytest.approx((2 / 6, 1 / 6))
     assert found.p_values == (pytest.approx(binomtest(2, 3).pvalue),)
@@ -223,6 +223,19 @@ def test_the_share_lost_and_what_of_it_is_beyond_chance_cover(tmp_path: Path) ->
     assert (hits / 120 > 0.89).all() and (hits < 120).all()
 
 
+def test_the_interval_of_what_is_beyond_chance_is_the_bootstraps(tmp_path: Path) -> None:
+    rng = np.random.default_rng(4)
+    n, k = 300, 3
+    before = rng.random(n) < 0.6
+    after = np.where(before, rng.random(n) < 0.6, rng.random(n) < 0.2)
+    found = forgetting(*(write(tmp_path / name, "s", x.astype(float).tolist(), choices=[k] * n) for name, x in (("b", before), ("a", after))), "s")
+    shares = rng.multinomial(n, [1 / n] * n, size=4000) @ np.stack([before & ~after, before, after], 1) / n
+    drawn = shares[:, 0] - (1 - shares[:, 1]) * (1 - shares[:, 2]) / (k - 1)
+    low, high = found.lost_adjusted_interval
+    assert (high - low) / (2 * t.ppf(0.975, n - 1)) == pytest.approx(drawn.std() * math.sqrt(n / (n - 1)), rel=0.04)
+    assert (low + high) / 2 == pytest.approx(found.lost_adjusted)
+
+
 def test_one_cluster_has_no_interval_and_no_change_a_point() -> None:
     assert math.isnan(mean([(1.0, 1.0), (0.0, 1.0)], ["a", "a"])[1])
     low, high = Estimate.of(0.5, np.array([[0.1]]), ["a"]).interval()
@@ -269,6 +282,13 @@ def test_a_mean_drop_reckons_with_shared_seeds() -> None:
     minus = Estimate.of(0.0, -(seeds - seeds.mean() + items) / 150, [f"two/{i}" for i in range(30)])
     assert (average([one, two]).by_seed**2).sum() == pytest.approx((one.by_seed**2).sum())
     assert average([one, minus]).interval() == pytest.approx((0.0, 0.0), abs=1e-15)
+
+
+def test_a_mean_drop_of_different_items_is_surer_than_one_of_the_same() -> None:
+    parts = np.random.default_rng(0).normal(size=(1, 30)) / 30
+    one, same, other = (Estimate.of(0.0, parts, [f"{name}/{i}" for i in range(30)]) for name in ("one", "one", "two"))
+    assert average([one, same]).stderr == pytest.approx(one.stderr)
+    assert average([one, other]).stderr == pytest.approx(one.stderr / math.sqrt(2))
 
 
 def test_the_curve_and_the_drop_at_one_gain(tmp_path: Path) -> None:
