@@ -1,4 +1,4 @@
-"""The command line: ``sasft talk | mix | train | evaluate | run``, and ``sasft show`` and ``sasft restyle`` beside them.
+"""The command line: ``sasft talk | mix | train | evaluate | run``, and ``sasft sweep``, ``sasft show`` and ``sasft restyle`` beside them.
 
 Every option is a field of the command's settings, documented there once; ``--config file.yaml`` reads them from a file, and
 options on the command line go before it.
@@ -29,6 +29,7 @@ from sasft.options import parse
 from sasft.pipeline import RunSettings, mix_table, recorded_table, run
 from sasft.restyle import STYLES, restyle
 from sasft.settings import option
+from sasft.sweep import SweepSettings, sweep
 from sasft.talk import TalkSettings, talk
 from sasft.terminal import has_colour, legend, show_row
 from sasft.train import TrainSettings, train
@@ -83,6 +84,12 @@ def _train(settings: TrainSettings) -> None:
     spent = ", ".join(f"{n:,} {name.replace('_', ' ')}" for name, n in summary["costs"].items() if n)
     print(f"the method {settings.method} has cost beyond SFT: {spent or 'nothing'}")
     print(f"run: {settings.out}" + (f" (the model: {settings.out}/model)" if settings.save_model else ""))
+
+
+def _sweep(settings: SweepSettings) -> None:
+    done = sweep(settings)
+    print(done)
+    done.check()
 
 
 def _show(settings: ShowSettings) -> None:
@@ -152,15 +159,18 @@ COMMANDS: dict[str, Command] = {
   sasft mix --sources task=my_task.jsonl self=self.jsonl web=pages.parquet:prompt=q,response=a --by tokens --out mixes/three
   sasft mix --sources task=my_task.jsonl --like mixes/half --out mixes/task_repeated"""),
     "train": Command(
-        settings=TrainSettings, run=_train, notes=_listed("methods, by name [with their options]", {n: _method(kind) for n, kind in METHODS.items()}), examples="""\
+        settings=TrainSettings, run=_train,
+        notes=_listed("methods, by name [with their options]", {name: _method(kind) for name, kind in METHODS.items()}),
+        examples="""\
   sasft train --task my_task.jsonl --self_data self.jsonl --lam 0.5 --steps 100 --out runs/mine
   sasft train --mix mixes/half --lora_rank 16 --lr 2e-4 --out runs/lora
   sasft train --task my_task.jsonl --lam 0 --method l2-sp --method_options "weight=0.1" --out runs/l2sp
   accelerate launch -m sasft.cli train --mix mixes/half --out runs/ddp"""),
     "evaluate": Command(
-        settings=EvaluateSettings, run=evaluate, notes=_listed("suites, by name", {n: _first_sentence(suite) for n, suite in SUITES.items()}), examples="""\
+        settings=EvaluateSettings, run=evaluate,
+        notes=_listed("suites, by name", {name: _first_sentence(suite) for name, suite in SUITES.items()}), examples="""\
   sasft evaluate --model runs/mine/model --suites instructions,text,answers:test.jsonl --out scores/mine
-  sasft evaluate --model runs/mine/model --base smollm2-135m-instruct --suites rows:self.jsonl,gsm8k@5 --limit 200 --out scores/kl"""),
+  sasft evaluate --model runs/mine/model --base smollm2-135m-instruct --suites rows:self.jsonl,gsm8k@5 --out scores/kl"""),
     "run": Command(
         settings=RunSettings, run=run, examples="""\
   sasft run --task my_task.jsonl --out runs/whole
@@ -170,6 +180,13 @@ COMMANDS: dict[str, Command] = {
       talk: {n: 800, sampler: exact}
       mix: {steps: 100, rows_per_step: 16}
       train: {lr: 2e-5, method: sa-sft}
+      evaluate: {suites: "instructions,text"}"""),
+    "sweep": Command(
+        settings=SweepSettings, run=_sweep, examples="""\
+  sasft sweep --file plan.yaml --out sweeps/rates --workers 2
+  sasft sweep --file plan.yaml --out sweeps/rates --ray auto --cpus 8 --gpus 1, where plan.yaml holds
+      train: {task: [sums.jsonl, letters.jsonl], self_data: self.jsonl, seed: [0, 1, 2], lr: [1e-5, 2e-5]}
+      arms: [{name: task-only, lam: 0}, {name: sa-sft, lam: 0.5}, {name: l2-sp, lam: 0, method: l2-sp}]
       evaluate: {suites: "instructions,text"}"""),
     "show": Command(
         settings=ShowSettings, run=_show, examples="""\

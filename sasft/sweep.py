@@ -252,6 +252,8 @@ def sweep(settings: SweepSettings) -> Sweep:
     hashes: dict[str, str] = {}
     for cell in cells:
         cell.folder.mkdir(parents=True, exist_ok=True)
+        if not cell.result.exists() and not any(cell.folder.glob("*/config.json")):  # it failed before any work, of a file perhaps that is mended now
+            (cell.folder / "cell.json").unlink(missing_ok=True)
         claim(cell.folder / "cell.json", _identity(cell, hashes))
     todo = {cell.folder: Job(run_cell, (cell,), cell.folder / "log.txt") for cell in cells if not cell.result.exists()}
     failed: dict[str, str] = {}

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 import sasft.sweep
+from sasft.cli import main
 from sasft.errors import UsageError
 from sasft.evaluation import EvaluateSettings
 from sasft.evaluation import run as evaluation
@@ -174,6 +175,17 @@ def test_on_ray_cells_say_what_they_take(folder: Path, monkeypatch: pytest.Monke
     settings = plan(folder, lam=0, seed=[0, 1])
     sweep(SweepSettings(file=settings.file, out=settings.out, ray="auto", cpus=3, gpus=0.5))
     assert asked == [(2, "auto", {"cpus": 3, "gpus": 0.5})]
+
+
+def test_from_the_command_line(folder: Path, here: list[str], capsys: pytest.CaptureFixture) -> None:
+    (folder / "bad.jsonl").write_text('{"prompt": "no response"}\n')
+    settings = plan(folder, lam=0, record_every=0, task=[str(folder / "bad.jsonl"), str(folder / "one.jsonl")])
+    assert main(["sweep", "--file", settings.file, "--out", settings.out]) == 2
+    said = capsys.readouterr()
+    assert said.out.endswith(f"1 of 2 cells done: {folder / 'sweep' / 'sweep.csv'} (sweep.parquet beside it)\n") and "1 of 2 cells failed" in said.err
+    (folder / "bad.jsonl").write_text('{"prompt": "Say", "response": "it"}\n' * 4)
+    assert main(["sweep", "--file", settings.file, "--out", settings.out]) == 0, "what has failed before any work may be mended"
+    assert here == ["sft,task=bad", "sft,task=one", "sft,task=bad"] and "2 of 2 cells done" in capsys.readouterr().out
 
 
 def test_in_processes_of_their_own(folder: Path) -> None:
