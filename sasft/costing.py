@@ -71,7 +71,8 @@ def measure_training(model: nn.Module, plan: Plan, rows: Mapping[str, Sequence[E
 
     def backward() -> None:
         kept.begin()
-        with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda tensor: tensor), autocast(settings.precision, device.type):
+        keeping = torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda tensor: tensor)
+        with keeping, autocast(settings.precision, device.type):
             loss = response_loss(model, batch)
         loss.backward()
 
@@ -83,8 +84,8 @@ def measure_training(model: nn.Module, plan: Plan, rows: Mapping[str, Sequence[E
         backward(), optimizer.step()
         a_pass, a_step = _seconds(device, backward), _seconds(device, optimizer.step)
     except torch.OutOfMemoryError:
-        raise UsageError(f"a micro-batch of {len(items)} rows ({sizes[middling]} tokens with padding) does not fit into the memory of "
-                         f"{device}; lower micro_rows, train adapters (LoRA), or set activation_checkpointing") from None
+        raise UsageError(f"a micro-batch of {len(items)} rows ({sizes[middling]} tokens with padding) does not fit into the "
+                         f"memory of {device}; lower micro_rows, train adapters, or set activation_checkpointing") from None
     finally:
         optimizer.zero_grad(set_to_none=True)
         if settings.activation_checkpointing:
@@ -97,7 +98,8 @@ def measure_training(model: nn.Module, plan: Plan, rows: Mapping[str, Sequence[E
         activation_bytes=math.ceil(kept.bytes * max(sizes) / sizes[middling]))
 
 
-def measure_writing(model: nn.Module, prompt: Sequence[int], batch_size: int, precision: Precision, pad_id: int) -> tuple[float, float]:
+def measure_writing(model: nn.Module, prompt: Sequence[int], batch_size: int, precision: Precision,
+                    pad_id: int) -> tuple[float, float]:
     """Seconds that a batch of such prompts takes to be read, and seconds of each further token of all its rows."""
     device = next(model.parameters()).device
 

@@ -23,6 +23,7 @@ from sasft.mixing import SELF, TASK, Plan
 from sasft.mixture import MixSettings, hold_out, lay_out, plan_of
 from sasft.models import load_model
 from sasft.pipeline import mix_table, parts_of
+from sasft.precision import Precision
 from sasft.talk import TalkSettings
 from sasft.train import TrainSettings, encode, load, read_material
 from sasft.train import lay_out as lay_out_training
@@ -42,8 +43,9 @@ def of_talk(settings: TalkSettings, loaded: Loaded | None = None) -> Forecast:
     """Self-dialogues: how many tokens at most, and how long a step of a batch takes."""
     there = Path(settings.out).read_bytes().count(b"\n") if Path(settings.out).exists() else 0
     rows, longest = settings.n * settings.turns, settings.max_user_tokens + settings.max_new_tokens
-    lines = [f"{settings.n} self-dialogues of {_n(settings.turns, 'user turn')}: up to {rows * settings.max_user_tokens:,} tokens of user turns "
-             f"and {rows * settings.max_new_tokens:,} of answers (all of them at their length caps), to {settings.out}"]
+    asked, answered = rows * settings.max_user_tokens, rows * settings.max_new_tokens
+    lines = [f"{settings.n} self-dialogues of {_n(settings.turns, 'user turn')}: up to {asked:,} tokens of user turns and "
+             f"{answered:,} of answers (all of them at their length caps), to {settings.out}"]
     if there:
         lines.append(f"{there} rows are there already")
     if settings.backend == "vllm":
@@ -55,23 +57,25 @@ def of_talk(settings: TalkSettings, loaded: Loaded | None = None) -> Forecast:
     batches = math.ceil(max(rows - there, 0) / settings.batch_size)
     seconds = batches * (2 * reading + longest * step)
     width = len(prefix) + settings.turns * longest
-    kept = settings.batch_size * width * cache_bytes(model.config, settings.precision)
     lines += [
-        f"time on {model.device.type}: at most about {_time(seconds)} ({step:.3g} s a token of {settings.batch_size} rows together, measured on "
-        "a few; dialogues that end before their caps take less, user turns that are passed over are not counted)",
-        f"memory: about {_gib(weight_bytes(model) + kept)} ({_gib(weight_bytes(model))} weights, {_gib(kept)} keys and values of "
-        f"{settings.batch_size} rows of {width} tokens, by the model's configuration)"]
+        f"time on {model.device.type}: at most about {_time(seconds)} ({step:.3g} s a token of {settings.batch_size} rows "
+        "together, measured on a few; dialogues that end before their caps take less, user turns that are passed over are not "
+        "counted)",
+        _running(model, weight_bytes(model), settings.batch_size, width, settings.precision)]
     return Forecast("\n".join(lines), seconds)
 
 
 def of_mix(settings: MixSettings) -> Forecast:
     """The mix itself, which is laid out in memory."""
     mixture = lay_out(settings)
-    lines = [f"{name}: {report}; {len(mixture.held_out[name])} held out to measure on" for name, report in mixture.reports.items()]
-    size = sum(len(row.response) + sum(len(m["content"]) for m in row.prompt) for row in
-               (mixture.rows[s][i] for step in mixture.plan for s, i in step))
-    return Forecast("\n".join([*lines, mix_table(mixture.plan.report()), f"disk: about {_gib(size)} in {settings.out} (a line for every row "
-                               "that is read); time: as long as this has taken; memory: that of the rows"]), 0.0)
+    reports = [f"{name}: {report}; {len(mixture.held_out[name])} held out to measure on"
+               for name, report in mixture.reports.items()]
+    read = (mixture.rows[source][i] for step in mixture.plan for source, i in step)
+    size = sum(len(row.response) + sum(len(message["content"]) for message in row.prompt) for row in read)
+    return Forecast("\n".join([
+        *reports, mix_table(mixture.plan.report()),
+        f"disk: about {_gib(size)} in {settings.out} (a line for every row that is read)",
+        "time: as long as this has taken", "memory: that of the rows"]), 0.0)
 
 
 def of_training(settings: TrainSettings) -> Forecast:
@@ -92,16 +96,17 @@ def _training(settings: TrainSettings, model: nn.Module, plan: Plan, rows: Mappi
     trained, whole = (sum(p.numel() for p in found.values() if p.requires_grad or not only) for only in (True, False))
     method = "" if settings.method == "sft" else f" and without what the method {settings.method} adds"
     snapshot = sum(p.numel() * p.element_size() for p in found.values() if p.requires_grad) if settings.record_every else 0
+    device = next(model.parameters()).device.type
     lines = [
         *reports, mix_table(plan.report()),
-        f"{cost.tokens:,} tokens through the model, prompts and padding included, in {len(plan)} steps; {trained:,} of {whole:,} parameters are "
-        f"trained ({trained / whole:.2%})",
-        f"time on {next(model.parameters()).device.type}: about {_time(cost.seconds)} ({1 / cost.seconds_per_token:,.0f} tokens/s forward and "
-        f"backward, {cost.optimizer_seconds:.3g} s an optimiser step, measured on one micro-batch; one process, without recordings and "
+        f"{cost.tokens:,} tokens through the model, prompts and padding included, in {len(plan)} steps; {trained:,} of {whole:,} "
+        f"parameters are trained ({trained / whole:.2%})",
+        f"time on {device}: about {_time(cost.seconds)} ({1 / cost.seconds_per_token:,.0f} tokens/s forward and backward, "
+        f"{cost.optimizer_seconds:.3g} s an optimiser step, measured on one micro-batch; one process, without recordings and "
         f"checkpoints{method})",
-        f"memory: at least {_gib(cost.bytes + snapshot)} ({_gib(cost.weight_bytes)} weights, {_gib(cost.state_bytes)} gradients and AdamW's "
-        f"moments, {_gib(cost.activation_bytes)} activations of the largest micro-batch, by what autograd kept of the measured one, "
-        f"{_gib(snapshot)} the untrained weights to measure drift from{method})"]
+        f"memory: at least {_gib(cost.bytes + snapshot)} ({_gib(cost.weight_bytes)} weights, {_gib(cost.state_bytes)} gradients "
+        f"and AdamW's moments, {_gib(cost.activation_bytes)} activations of the largest micro-batch, by what autograd kept of "
+        f"the measured one, {_gib(snapshot)} the untrained weights to measure drift from{method})"]
     return Forecast("\n".join(lines), cost.seconds)
 
 
@@ -129,14 +134,11 @@ def of_evaluation(settings: EvaluateSettings, suites: str | None = None, loaded:
             passes = 1 if settings.base is None or not isinstance(suite, Predicted) else 2
             takes = tokens * passes * measure_reading(model, middle, settings.batch_size, precision)
         longest, seconds = max(longest, len(prompts[-1]) + cap), seconds + takes
-        lines.append(f"{name}: {len(items)} items, {tokens:,} tokens to read" + (f", up to {len(items) * cap:,} to write" if cap else "")
-                     + f"; {'at most ' if cap else ''}about {_time(takes)}")
-    kept = settings.batch_size * longest * cache_bytes(model.config, settings.precision)
-    base = 0 if settings.base is None else weight_bytes(model)
-    lines += [f"time on {model.device.type}: about {_time(seconds)} (a batch of middling prompts and a few written tokens of each suite were "
-              "measured)",
-              f"memory: about {_gib(weight_bytes(model) + base + kept)} ({_gib(weight_bytes(model) + base)} weights, {_gib(kept)} keys and values "
-              f"of {settings.batch_size} rows of {longest} tokens, by the model's configuration)"]
+        writes = f", up to {len(items) * cap:,} to write; at most" if cap else ";"
+        lines.append(f"{name}: {len(items)} items, {tokens:,} tokens to read{writes} about {_time(takes)}")
+    weights = weight_bytes(model) * (1 if settings.base is None else 2)
+    lines += [f"time on {model.device.type}: about {_time(seconds)} (a batch of middling prompts and a few written tokens of "
+              "each suite were measured)", _running(model, weights, settings.batch_size, longest, settings.precision)]
     return Forecast("\n".join(lines), seconds)
 
 
@@ -173,8 +175,8 @@ def of_run(settings: Any) -> Forecast:
                                                           evaluation.seconds)))
     known = [forecast.seconds for _, forecast in said if forecast.seconds is not None]
     text = "\n\n".join(f"== {title}\n{forecast.text}" for title, forecast in said)
-    return Forecast(f"{text}\n\nall in all: about {_time(sum(known))}" + ("" if len(known) == len(said) else ", and what is not estimated"),
-                    sum(known))
+    rest = "" if len(known) == len(said) else ", and what is not estimated"
+    return Forecast(f"{text}\n\nall in all: about {_time(sum(known))}{rest}", sum(known))
 
 
 DRY_RUNS: Mapping[str, Callable[[Any], Forecast]] = {
@@ -182,8 +184,15 @@ DRY_RUNS: Mapping[str, Callable[[Any], Forecast]] = {
 """The forecast of each command that works long."""
 
 
+def _running(model: nn.Module, weights: int, rows: int, tokens: int, precision: Precision) -> str:
+    kept = rows * tokens * cache_bytes(model.config, precision)
+    return (f"memory: about {_gib(weights + kept)} ({_gib(weights)} weights, {_gib(kept)} keys and values of {rows} rows of "
+            f"{tokens} tokens, by the model's configuration)")
+
+
 def _longest(settings: TalkSettings, chat: Chat) -> Encoded:
-    prompt = [*chat.user_prefix_ids(), *[chat.pad_id] * (settings.turns * settings.max_user_tokens + (settings.turns - 1) * settings.max_new_tokens)]
+    before = settings.turns * settings.max_user_tokens + (settings.turns - 1) * settings.max_new_tokens
+    prompt = [*chat.user_prefix_ids(), *[chat.pad_id] * before]
     return Encoded.answered(prompt, [*[chat.pad_id] * settings.max_new_tokens, chat.end_of_turn])
 
 

@@ -1,7 +1,7 @@
 """Which language a text is written in: by its script, and among languages that share one by their commonest words.
 
-A rule of thumb for flagging a file in the wrong language and for IFEval's instructions about language, no language identifier. It is
-our own, and may differ from the detector that IFEval's authors used where a text mixes languages.
+A rule of thumb for flagging a file in the wrong language and for IFEval's instructions about language, no language identifier.
+It is our own, and may differ from the detector that IFEval's authors used where a text mixes languages.
 """
 
 import re
@@ -12,8 +12,8 @@ _OWN_SCRIPT = {"KANNADA": "kn", "HANGUL": "ko", "GURMUKHI": "pa", "GUJARATI": "g
                "BENGALI": "bn", "GREEK": "el", "HEBREW": "he", "HIRAGANA": "ja", "KATAKANA": "ja", "CJK": "zh"}
 _COMMON = {
     "LATIN": {
-        "en": "the of and to in is that it for was with as be on this are by have from not you at or your we can will an which what how",
-        "de": "der die das und ist in zu den von mit ein eine nicht für auf sich es im dem auch als ich sie wir wird sind bei was wie",
+        "en": "the of and to in is that it for was with as be on this are by have from not you at or your we can will what how",
+        "de": "der die das und ist in zu den von mit ein eine nicht für auf sich es im dem auch als ich sie wir sind was wie",
         "fr": "le la les de des et est un une en du que pour dans qui pas sur au par ce il elle nous vous avec sont je ne mais",
         "es": "el la los las de y es un una en del que para con no por se su al lo como más este está son qué muy yo",
         "pt": "o a os as de e é um uma em do da dos das que para com não por se no na ao como mais são você isso muito",

@@ -1,8 +1,8 @@
 """A mix on disk: the rows of every step in the order of training, what they are made of, and where they come from.
 
 ``rows.jsonl`` holds one line for every row that is read, repeats included, so that any trainer can take it as it stands;
-``held_out/NAME.jsonl`` the rows of each source that no step reads, to measure on; ``mix.json`` the realised shares in rows and tokens,
-repeats, settings, and the SHA-256 of every source and of what was written.
+``held_out/NAME.jsonl`` the rows of each source that no step reads, to measure on; ``mix.json`` the realised shares in rows and
+tokens, repeats, settings, and the SHA-256 of every source and of what was written.
 """
 
 import json
@@ -34,12 +34,14 @@ T = TypeVar("T")
 class MixSettings:
     """Mix any number of sources into the rows of every training step, exactly, and write them down with what they amount to."""
 
-    sources: list[str] = option([], "NAME=SOURCE of each, a source being FILE[:field=column,...] (JSONL or Parquet) or a hub dataset "
-                                    "ORG/NAME[:config][@revision][#split][:field=column,...]; without a name, its file's", _MIXED)
-    shares: list[float] = option([], "a positive number for each source, in their order; they are scaled to a sum of 1 (none: equal "
-                                     "shares)", _MIXED)
-    by: By = option("rows", "what the shares are shares of: rows read, loss tokens (short self-dialogues against long task rows: by "
-                            "rows they weigh less than the share says), or loss (rows read equally often, weighted in the loss)", _MIXED)
+    sources: list[str] = option([], "NAME=SOURCE of each, a source being FILE[:field=column,...] (JSONL or Parquet) or a hub "
+                                    "dataset ORG/NAME[:config][@revision][#split][:field=column,...]; without a name, its file's",
+                                _MIXED)
+    shares: list[float] = option([], "a positive number for each source, in their order; they are scaled to a sum of 1 (none: "
+                                     "equal shares)", _MIXED)
+    by: By = option("rows", "what the shares are shares of: rows read, loss tokens (short self-dialogues against long task rows: "
+                            "by rows they weigh less than the share says), or loss (rows read equally often, weighted in the "
+                            "loss)", _MIXED)
     hold_out: int = option(16, "last rows of each source, at most a quarter of them, that no step reads, to measure on", _MIXED)
     out: str = option("", "folder of the mix", _MIXED)
     steps: int = option(100, "optimiser steps", _SIZE)
@@ -48,14 +50,15 @@ class MixSettings:
     max_tokens: int = option(1024, "longest row allowed, in tokens", _ROWS)
     too_long: Literal["error", "truncate", "drop"] = option("error", "what to do with longer rows", _ROWS)
     turns: Turns = option("last", "assistant turns in the loss: the last one of a row, or all", _ROWS)
-    model: str = option("smollm2-135m-instruct", "whose tokens are counted: embedded model name, local folder, or hub id (org/name)", _ROWS)
+    model: str = option("smollm2-135m-instruct", "whose tokens are counted: embedded model name, local folder, or hub id "
+                                                 "(org/name)", _ROWS)
     revision: str | None = option(None, "revision of a hub model", _ROWS)
     seed: int = option(0, "seed of the order of rows", _ROWS)
     like: str | None = option(None, "folder of another mix whose steps this one fills with its own sources: the control of equal "
                                     "steps and tokens (it sets the number of steps and their sizes)", _CONTROLS)
     equal: Literal["tokens", "rows"] = option("tokens", "what a step has in common with that of the mix named by like", _CONTROLS)
-    shuffle: list[str] = option([], "names of sources whose answers' tokens are put in random order: the control that keeps the tokens "
-                                    "and loses what they say", _CONTROLS)
+    shuffle: list[str] = option([], "names of sources whose answers' tokens are put in random order: the control that keeps the "
+                                    "tokens and loses what they say", _CONTROLS)
 
     def __post_init__(self) -> None:
         if not self.sources:
@@ -65,7 +68,8 @@ class MixSettings:
         if self.shares and len(self.shares) != len(self.sources):
             raise UsageError(f"shares must be one number a source: got {len(self.shares)} for {len(self.sources)} sources")
         if self.like and (self.rows_per_step or self.tokens_per_step):
-            raise UsageError("like takes the sizes of steps from another mix, so rows_per_step and tokens_per_step must be left out")
+            raise UsageError("like takes the sizes of steps from another mix, so rows_per_step and tokens_per_step must be left "
+                             "out")
         if self.rows_per_step and self.tokens_per_step:
             raise UsageError(f"give either rows_per_step or tokens_per_step, got {self.rows_per_step} and {self.tokens_per_step}")
         if self.hold_out < 0:
@@ -98,8 +102,8 @@ def named_source(text: str) -> tuple[str, Source]:
 class Mixture:
     """Rows by source, the plan that reads them, and the rows that it leaves to measure on.
 
-    ``encoding``: how rows are encoded (``max_tokens``, ``too_long``, ``turns``, see :func:`sasft.data.encode_rows`); ``reports``: what
-    that came to, by source.
+    ``encoding``: how rows are encoded (``max_tokens``, ``too_long``, ``turns``, see :func:`sasft.data.encode_rows`);
+    ``reports``: what that came to, by source.
     """
 
     rows: Mapping[str, Sequence[Row]]
@@ -123,7 +127,8 @@ def make_mixture(settings: MixSettings) -> dict[str, Any]:
     out = Path(settings.out)
     ensure_writable(out)
     asked = {k: v for k, v in asdict(settings).items() if k not in ("out", "sources", "like")}
-    identity = {"settings": asked, "sources": {name: {"from": str(s), "sha256": s.sha256()} for name, s in settings.named().items()},
+    origins = {name: {"from": str(source), "sha256": source.sha256()} for name, source in settings.named().items()}
+    identity = {"settings": asked, "sources": origins,
                 "like_sha256": sha256_file(Path(settings.like) / "rows.jsonl") if settings.like else None}
     if (done := out / "mix.json").exists():
         before = json.loads(done.read_text(encoding="utf-8"))
@@ -185,8 +190,9 @@ def read_mixture(folder: Path | str) -> Mixture:
         raise UsageError(f"{folder} holds no mix (no mix.json); write one with `sasft mix`")
     report = json.loads((folder / "mix.json").read_text(encoding="utf-8"))
     held = {name: _held_out(folder, name) for name in report["held_out"]}
-    for path, written in ((folder / "rows.jsonl", report["rows_sha256"]), *((held[n], report["held_out"][n]["sha256"]) for n in held)):
-        if sha256_file(path) != written:
+    written = {folder / "rows.jsonl": report["rows_sha256"], **{held[name]: report["held_out"][name]["sha256"] for name in held}}
+    for path, sha256 in written.items():
+        if sha256_file(path) != sha256:
             raise UsageError(f"{path} is not the file that mix.json describes (another SHA-256); write the mix again")
     found: dict[str, dict[int, Row]] = {source: {} for source in report["rows"]}
     steps: list[list[tuple[str, int]]] = [[] for _ in range(report["steps"])]
@@ -201,7 +207,8 @@ def read_mixture(folder: Path | str) -> Mixture:
     counted = plan.report()
     for what in ("steps", "rows", "loss_tokens"):
         if counted[what] != report[what]:
-            raise UsageError(f"{folder}: mix.json counts {what} {report[what]}, rows.jsonl has {counted[what]}; write the mix again")
+            raise UsageError(f"{folder}: mix.json counts {what} {report[what]}, rows.jsonl has {counted[what]}; write the mix "
+                             "again")
     held_out = {name: read_rows(path) if report["held_out"][name]["rows"] else [] for name, path in held.items()}
     return Mixture(rows, plan, held_out, {name: report["identity"]["settings"][name] for name in _ENCODING}, report["encoding"])
 

@@ -23,8 +23,8 @@ DRY_RUN = "dry_run"
 
 def parse(kind: type, argv: Sequence[str], *, prog: str, teach: str = "", dry_run: bool = False,
           elsewhere: Mapping[str, str] | None = None) -> tuple[Any, bool]:
-    """Settings of the dataclass ``kind`` from ``--name value`` pairs, over those of ``--config file.yaml``, over its defaults, and
-    whether a dry run was asked for (if there is a ``dry_run``).
+    """Settings of the dataclass ``kind`` from ``--name value`` pairs, over those of ``--config file.yaml``, over its defaults,
+    and whether a dry run was asked for (if there is a ``dry_run``).
 
     YAML may nest: ``talk: {n: 50}`` is ``talk_n: 50``. ``teach`` is shown below the options by ``--help``; ``elsewhere`` says of
     options of other commands where they belong.
@@ -39,8 +39,8 @@ def parse(kind: type, argv: Sequence[str], *, prog: str, teach: str = "", dry_ru
                      description=inspect.cleandoc(kind.__doc__ or ""), formatter_class=_Help, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE", help="YAML file of these options by name; those given here go before it")
     if dry_run:
-        parser.add_argument("--dry_run", "--dry-run", action="store_true", help="say what would be done and what it would take in time "
-                            "and memory, and do nothing")
+        parser.add_argument("--dry_run", "--dry-run", action="store_true", help="say what would be done and what it would take "
+                            "in time and memory, and do nothing")
     from_file = [] if before.config is None else _from_yaml(Path(before.config), names)
     given, unknown = parser.parse_known_args([*from_file, *argv])
     if unknown:
@@ -88,9 +88,11 @@ def headed(kind: type) -> dict[str, list[dataclasses.Field]]:
 def _groups(kind: type) -> list[type]:
     """The fields under each heading as a dataclass of their own, without the checks, which are for finished settings."""
     def plain(field: dataclasses.Field) -> tuple[str, Any, Any]:
-        return field.name, field.type, dataclasses.field(metadata={"help": field.metadata["help"].replace("%", "%%")}, **default_of(field))
+        text = field.metadata["help"].replace("%", "%%")  # which argparse would fill in
+        return field.name, field.type, dataclasses.field(metadata={"help": text}, **default_of(field))
 
-    return [dataclasses.make_dataclass(kind.__name__, map(plain, fields), kw_only=True, namespace={"_argument_group_name": heading})
+    return [dataclasses.make_dataclass(kind.__name__, map(plain, fields), kw_only=True,
+                                       namespace={"_argument_group_name": heading})
             for heading, fields in headed(kind).items()]
 
 

@@ -44,10 +44,11 @@ class _Common:
     revision: str | None = option(None, "revision of a hub model")
     lam: float = option(0.5, "share of self-dialogues in the mix, in [0, 1), in the measure mix_by; 0 is plain fine-tuning")
     self_data: str | None = option(None, "file of self-dialogues that are there already; without it they are written")
-    task_test: str | None = option(None, "JSONL file of task rows on which the gain is measured; without it, those that the mix holds out")
+    task_test: str | None = option(None, "JSONL file of task rows on which the gain is measured; without it, those that the mix "
+                                         "holds out")
     seed: int = option(0, "seed of self-dialogues, mix and training")
-    precision: Precision = option("auto", "precision of writing and training: bf16, fp32, or auto, which is bf16 where the hardware "
-                                          "multiplies it and fp32 elsewhere")
+    precision: Precision = option("auto", "precision of writing and training: bf16, fp32, or auto, which is bf16 where the "
+                                          "hardware multiplies it and fp32 elsewhere")
 
 
 def _fields(kind: type, part: str, left_out: Iterable[str]) -> list[tuple[str, Any, Any]]:
@@ -64,8 +65,8 @@ RunSettings = dataclasses.make_dataclass("RunSettings", [
     *((field.name, field.type, _copy(field, _WHOLE)) for field in dataclasses.fields(_Common)),
     *_fields(TalkSettings, "talk", {"out", *_COMMON}),
     *_fields(MixSettings, "mix", {"out", "sources", "shares", "like", "equal", "shuffle", *_COMMON}),
-    *_fields(TrainSettings, "train", {"out", "mix", "task", "self_data", "lam", "steps", "rows_per_step", "max_tokens", "too_long",
-                                      "probe_rows", "save_model", *_COMMON}),
+    *_fields(TrainSettings, "train", {"out", "mix", "task", "self_data", "lam", "steps", "rows_per_step", "max_tokens",
+                                      "too_long", "probe_rows", "save_model", *_COMMON}),
     *_fields(EvaluateSettings, "evaluate", {"out", "model", "revision", "base", "training"}),
 ], kw_only=True)
 RunSettings.__doc__ = """Self-dialogues, mix, training, and evaluation before and after, in one command and one folder.
@@ -105,7 +106,8 @@ def parts_of(settings: Any) -> Parts:
         raise UsageError(f"{idle[0]} is for self-dialogues that are to be written, but {why}; leave out one of the two")
     talking = _part(TalkSettings, "talk", settings, out=str(out / "self.jsonl")) if writes else None
     own = settings.self_data or (talking and str(talking.kept))
-    mixing = _part(MixSettings, "mix", settings, out=str(out / "mix"), sources=[f"{TASK}={settings.task}"] + [f"{SELF}={own}"] * mixes,
+    sources = [f"{TASK}={settings.task}", *([f"{SELF}={own}"] if mixes else [])]
+    mixing = _part(MixSettings, "mix", settings, out=str(out / "mix"), sources=sources,
                    shares=[1 - settings.lam, settings.lam] if mixes else [1.0])
     training = _part(TrainSettings, "train", settings, out=str(out / "train"), mix=mixing.out)
     if not settings.evaluate_suites:
@@ -120,8 +122,8 @@ def run(settings: Any, say: Callable[[str], None] = print) -> dict[str, Any]:
     """Do all parts that are not done yet; returns what ``out/report.json`` then holds.
 
     The folder holds ``run.json`` (the configuration; a run with another one is refused, saying what differs), ``self.jsonl`` and
-    ``self.quality.json``, ``mix/``, ``train/``, ``before/`` and ``after/`` (see the parts), ``report.json``, and ``gain_drop.csv`` and
-    ``gain_drop.png``. Under ``accelerate launch`` the parts that one process does alone are done by the first.
+    ``self.quality.json``, ``mix/``, ``train/``, ``before/`` and ``after/`` (see the parts), ``report.json``, ``gain_drop.csv``
+    and ``gain_drop.png``. Under ``accelerate launch`` the parts that one process does alone are done by the first.
     """
     parts = parts_of(settings)
     first, out = join(), Path(settings.out)
@@ -159,7 +161,8 @@ def run(settings: Any, say: Callable[[str], None] = print) -> dict[str, Any]:
 
 
 def _suites(settings: Any, mixing: MixSettings, mixture: Mixture) -> tuple[str | None, list[str]]:
-    """The suite that measures the gain on the task, if there are rows for it, and all suites, the model's own dialogues among them."""
+    """The suite that measures the gain on the task, if there are rows for it, and all suites, the model's own dialogues among
+    them."""
     held_out = {name: f"{mixing.out}/held_out/{name}.jsonl" for name, rows in mixture.held_out.items() if rows}
     test = settings.task_test or held_out.get(TASK)
     gain = f"answers:{test}" if test else None
@@ -168,7 +171,8 @@ def _suites(settings: Any, mixing: MixSettings, mixture: Mixture) -> tuple[str |
     return gain, list(dict.fromkeys([*([gain] if gain else []), *asked, *own]))
 
 
-def _measure(settings: EvaluateSettings | None, suites: Sequence[str], first: bool, say: Callable[[str], None], when: str) -> None:
+def _measure(settings: EvaluateSettings | None, suites: Sequence[str], first: bool, say: Callable[[str], None],
+             when: str) -> None:
     if settings is None:
         return
     say(f"\n== the model {when} training: {settings.out}")
@@ -203,20 +207,24 @@ def mix_table(report: Mapping[str, Any]) -> str:
               str(report["rows"][name]), str(report["loss_tokens"][name]), f"{report['epochs'].get(name, 0):.2f}",
               str(report["most_reads"][name])) for name, of in report["shares"].items() if report["rows"][name]]
     a_step = report["loss_tokens_per_step"]
-    return f"{report['steps']} steps of {a_step['min']} to {a_step['max']} loss tokens, mixed by {report['by']}\n{table(rows, '  ')}"
+    head = f"{report['steps']} steps of {a_step['min']} to {a_step['max']} loss tokens, mixed by {report['by']}"
+    return f"{head}\n{table(rows, '  ')}"
 
 
 def recorded_table(recorded: Mapping[str, float]) -> str:
     """What was recorded last, one line a figure, but of style its distance from the untrained model's alone."""
     told = {name: value for name, value in sorted(recorded.items()) if not name.startswith("style/") or "distance" in name}
-    return table([("recorded last", ""), *((name, f"{value:.4g}") for name, value in told.items())]) if told else "nothing was recorded"
+    if not told:
+        return "nothing was recorded"
+    return table([("recorded last", ""), *((name, f"{value:.4g}") for name, value in told.items())])
 
 
 def forgetting_table(found: Sequence[Mapping[str, Any]]) -> str:
     """One line a suite: the score before and after, its change with the interval over items, what was lost and gained."""
     rows = [("suite", "metric", "items", "before", "after", "change", "95 % interval", "1→0", "0→1", "1→0 beyond chance", "p")]
     for f in found:
-        flips = [""] * 4 if f["lost"] is None else [*(f"{f[n]:.3f}" for n in ("lost", "gained", "lost_adjusted")), f"{f['p_values'][0]:.3g}"]
+        flips = [""] * 4 if f["lost"] is None else [*(f"{f[name]:.3f}" for name in ("lost", "gained", "lost_adjusted")),
+                                                    f"{f['p_values'][0]:.3g}"]
         rows.append((f["suite"], f["metric"], str(f["n"]), f"{f['before']:.4f}", f"{f['after']:.4f}", f"{f['change']:+.4f}",
                      f"[{f['low']:+.4f}, {f['high']:+.4f}]", *flips))
     return table(rows)
@@ -239,5 +247,6 @@ def _part(kind: type, part: str, settings: Any, **fixed: Any) -> Any:
 
 def _changed(kind: type, part: str, settings: Any) -> list[str]:
     """Options of a part that are not at their default."""
-    return [name for field in dataclasses.fields(kind) if hasattr(settings, name := f"{part}_{field.name}")
-            and getattr(settings, name) != (field.default if field.default_factory is dataclasses.MISSING else field.default_factory())]
+    names = {f"{part}_{field.name}" for field in dataclasses.fields(kind)}
+    return [field.name for field in dataclasses.fields(settings) if field.name in names and getattr(settings, field.name) != (
+        field.default if field.default_factory is dataclasses.MISSING else field.default_factory())]

@@ -37,8 +37,8 @@ class TalkSettings:
 
     out: str = option("", "JSONL file to write; rows already there are kept, and the run goes on after them", _WRITING)
     n: int = option(500, "number of self-dialogues: as many as training will read, or rows repeat", _WRITING)
-    turns: int = option(1, "user turns of a dialogue, each with its answer; every answer is a row, with what was said before as its "
-                           "prompt", _WRITING)
+    turns: int = option(1, "user turns of a dialogue, each with its answer; every answer is a row, with what was said before as "
+                           "its prompt", _WRITING)
     topics: str | None = option(None, "UTF-8 file of topics to ask about, one a line, taken in turn; without it the model talks "
                                       "freely", _WRITING)
     systems: str | None = option(None, "UTF-8 file of system prompts, one a line, drawn at random; without it the template's "
@@ -48,24 +48,26 @@ class TalkSettings:
     revision: str | None = option(None, "revision of a hub model", _MODEL)
     precision: Precision = option("auto", "precision of the forward pass: bf16, fp32, or auto, as in training; best that of the "
                                           "training to come", _MODEL)
-    backend: Backend = option("refilled", "padded: batches that run until their last row ends; refilled: rows that have ended give "
-                                          "their places to the next, at the same memory; vllm: that engine (an extra, for GPUs)", _MODEL)
+    backend: Backend = option(
+        "refilled", "padded: batches that run until their last row ends; refilled: rows that have ended give their places to the "
+                    "next, at the same memory; vllm: that engine (an extra, for GPUs)", _MODEL)
     batch_size: int = option(64, "rows sampled together", _MODEL)
     sampler: Literal["paper", "exact"] | None = option(
-        None, "exact: temperature 1 and top_p 1, the model's own distribution, which is what makes self-data force-free; paper: 0.7 "
-              "and 0.9, those of SA-SFT's paper, which also pull towards a sharper model (paper, unless temperature or top_p is given)",
-        _DRAWING)
+        None, "exact: temperature 1 and top_p 1, the model's own distribution, which is what makes self-data force-free; paper: "
+              "0.7 and 0.9, those of SA-SFT's paper, which also pull towards a sharper model (paper, unless temperature or top_p "
+              "is given)", _DRAWING)
     temperature: float | None = option(None, "temperature, instead of a sampler's", _DRAWING)
     top_p: float | None = option(None, "smallest share of probability that is drawn from, instead of a sampler's", _DRAWING)
-    max_new_tokens: int = option(128, "length cap of an answer; cut answers are kept, without an end-of-turn token, since dropping "
-                                      "them would choose rows by their answers", _DRAWING)
+    max_new_tokens: int = option(128, "length cap of an answer; cut answers are kept, without an end-of-turn token, since "
+                                      "dropping them would choose rows by their answers", _DRAWING)
     max_user_tokens: int = option(64, "length cap of a user turn; longer ones are passed over", _DRAWING)
     seed: int = option(0, "seed; every row depends on it and on its own number alone", _DRAWING)
-    filters: list[str] = option([], "filters that rows must pass, in this order, as NAME or NAME=VALUE (`sasft talk --help` lists them)", _CHOICE)
-    ablate: list[str] = option([], f"topics whose rows are dropped, of {', '.join(LEXICONS)}; a second detector (needs scikit-learn) "
-                                   "says how much of each is left", _CHOICE)
-    ablate_reads: Literal["row", "prompt"] = option("row", "where a topic is looked for: the prompt and the answer, or the prompt alone",
-                                                    _CHOICE)
+    filters: list[str] = option([], "filters that rows must pass, in this order, as NAME or NAME=VALUE (`sasft talk --help` "
+                                    "lists them)", _CHOICE)
+    ablate: list[str] = option([], f"topics whose rows are dropped, of {', '.join(LEXICONS)}; a second detector (needs "
+                                   "scikit-learn) says how much of each is left", _CHOICE)
+    ablate_reads: Literal["row", "prompt"] = option("row", "where a topic is looked for: the prompt and the answer, or the "
+                                                           "prompt alone", _CHOICE)
     language: str = option("en", "language that the rows should be in (en, de, ...)", _QUALITY)
     limits: list[str] = option(
         [], "NAME=VALUE of limits above which the kept rows are refused, NAME=none for no limit; by default "
@@ -75,9 +77,10 @@ class TalkSettings:
         if not self.out:
             raise UsageError("out is missing: name a JSONL file to write")
         if self.sampler and not (self.temperature is self.top_p is None):
-            asked = " and ".join(f"{name} {value}" for name in ("temperature", "top_p") if (value := getattr(self, name)) is not None)
-            raise UsageError(f"the sampler {self.sampler} has a temperature and a top_p of its own, but {asked} is asked for as well; "
-                             "leave out one of the two")
+            own = {"temperature": self.temperature, "top_p": self.top_p}
+            asked = " and ".join(f"{name} {value}" for name, value in own.items() if value is not None)
+            raise UsageError(f"the sampler {self.sampler} has a temperature and a top_p of its own, but {asked} is asked for as "
+                             "well; leave out one of the two")
         if unknown := [topic for topic in self.ablate if topic not in LEXICONS]:
             raise UsageError(f"there is no topic {unknown[0]!r} to ablate; there are {', '.join(LEXICONS)}")
         if self.ablate_reads != "row" and not self.ablate:
@@ -150,9 +153,9 @@ class Talk:
 def talk(settings: TalkSettings) -> Talk:
     """Write the self-dialogues, over all processes of ``accelerate launch``, choose among them and report on those kept.
 
-    The same call goes on with a file that was begun; one that holds rows of other settings is refused, saying which. ``out`` holds
-    all rows, ``settings.kept`` those that pass, and ``<out>.quality.json`` the reports. :meth:`Talk.check` compares them with the
-    limits.
+    The same call goes on with a file that was begun; one that holds rows of other settings is refused, saying which. ``out``
+    holds all rows, ``settings.kept`` those that pass, and ``<out>.quality.json`` the reports. :meth:`Talk.check` compares them
+    with the limits.
     """
     first = join()
     writer = make_writer(settings)
@@ -185,7 +188,8 @@ def _chosen(settings: TalkSettings, rows: Sequence[Row], chat: Chat) -> tuple[li
     left = list(rows)
     if settings.filters:
         special = special_tokens(chat)
-        left, filters = apply_filters(left, [named_filter(text, special_tokens=special, seed=settings.seed) for text in settings.filters])
+        named = [named_filter(text, special_tokens=special, seed=settings.seed) for text in settings.filters]
+        left, filters = apply_filters(left, named)
     for topic in settings.ablate:
         rule = LEXICONS[topic]
         second = TopicClassifier.from_lexicon(rule, [row_text(row) for row in left], seed=settings.seed)

@@ -39,7 +39,9 @@ def legend(sources: Sequence[str], *, colour: bool) -> str:
     """What the marks mean."""
     if not colour:
         return "between ⟦ and ⟧: in the loss"
-    return "in the loss: bright, " + ", ".join(f"\x1b[{_hue(s, sources)}m{s} {_HUES[_hue(s, sources)]}\x1b[0m" for s in sources) + "; the rest: dim"
+    hues = {source: _hue(source, sources) for source in sources}
+    told = ", ".join(f"\x1b[{hue}m{source} {_HUES[hue]}\x1b[0m" for source, hue in hues.items())
+    return f"in the loss: bright, {told}; the rest: dim"
 
 
 def _hue(source: str, sources: Sequence[str]) -> int:
@@ -54,4 +56,5 @@ def table(rows: Sequence[Sequence[str]], indent: str = "") -> str:
     a     10
     """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(indent + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(f"{indent}{line}".rstrip() for line in lines)

@@ -52,8 +52,8 @@ class TrainSettings(FitSettings):
     mix: str | None = option(None, "folder of a mix, as written by `sasft mix`: its rows, in its steps", _DATA)
     task: str = option("", "without a mix: JSONL or Parquet file, or hub dataset, of task rows", _DATA)
     self_data: str | None = option(None, "without a mix: JSONL file of self-dialogues, as written by `sasft talk`", _DATA)
-    lam: float | None = option(None, "share of self rows in the mix, in [0, 1); 0 is plain fine-tuning (0.5; a mix has settled this and "
-                                     "the next four)", _DATA)
+    lam: float | None = option(None, "share of self rows in the mix, in [0, 1); 0 is plain fine-tuning (0.5; a mix has settled "
+                                     "this and the next four)", _DATA)
     steps: int | None = option(None, "optimiser steps (100)", _DATA)
     rows_per_step: int | None = option(None, "rows a step, of both sources together (16)", _DATA)
     max_tokens: int | None = option(None, "longest row allowed, in tokens (1024)", _DATA)
@@ -62,11 +62,12 @@ class TrainSettings(FitSettings):
     revision: str | None = option(None, "revision of a hub model", _MODEL)
     lora_rank: int = option(0, "rank of LoRA adapters on all linear layers; 0 trains all weights", _MODEL)
     lora_alpha: float = option(16.0, "LoRA scale: updates are multiplied by alpha / rank", _MODEL)
-    method: str = option("sft", "fine-tuning method, by its name (`sasft train --help` lists them); sft: the ordinary loss on the rows of the mix", _METHOD)
+    method: str = option("sft", "fine-tuning method, by its name (`sasft train --help` lists them); sft: the ordinary loss on "
+                                "the rows of the mix", _METHOD)
     method_options: str = option("", "options of the method: name=value, with blanks between them", _METHOD)
     record_every: int = option(10, "steps between recordings of drift, alignment, KL and style; 0 for none", _RECORD)
-    probe_rows: int | None = option(None, "rows of each file held out of training to measure alignment, KL and style on (16; a mix has "
-                                          "settled it)", _RECORD)
+    probe_rows: int | None = option(None, "rows of each file held out of training to measure alignment, KL and style on (16; a "
+                                          "mix has settled it)", _RECORD)
     general_text: str | None = option(None, "UTF-8 text file on which to record the negative log-likelihood", _RECORD)
     save_model: bool = option(True, "save the trained model (for LoRA, the adapter) in the run folder", _RECORD)
 
@@ -75,11 +76,11 @@ class TrainSettings(FitSettings):
         if self.mix:
             settled = [name for name in ("task", "self_data", *_WITHOUT_A_MIX) if getattr(self, name) not in (None, "")]
             if settled:
-                raise UsageError(f"{settled[0]} is {getattr(self, settled[0])}, but the mix {self.mix} has settled that; leave out one "
-                                 "of the two (`sasft mix` takes the settings of a mix)")
+                raise UsageError(f"{settled[0]} is {getattr(self, settled[0])}, but the mix {self.mix} has settled that; leave "
+                                 "out one of the two (`sasft mix` takes the settings of a mix)")
             if files := self.chosen_method().files():
-                raise UsageError(f"the method {self.method} reads {next(iter(files.values()))}, but the mix {self.mix} has settled what is "
-                                 "read; leave out one of the two")
+                raise UsageError(f"the method {self.method} reads {next(iter(files.values()))}, but the mix {self.mix} has "
+                                 "settled what is read; leave out one of the two")
         else:
             self._without_a_mix()
         if not self.out:
@@ -91,7 +92,8 @@ class TrainSettings(FitSettings):
 
     def _without_a_mix(self) -> None:
         if not self.task:
-            raise UsageError("task is missing: name a file of task rows with --task, or with --mix a folder that `sasft mix` has written")
+            raise UsageError("task is missing: name a file of task rows with --task, or with --mix a folder that `sasft mix` has "
+                             "written")
         for name, value in _WITHOUT_A_MIX.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
@@ -100,8 +102,8 @@ class TrainSettings(FitSettings):
         method = self.chosen_method()
         shares = method.shares(self.lam)
         if unread := shares.keys() - {TASK, SELF, *method.files()}:
-            raise UsageError(f"the method {self.method} mixes in rows of the source {min(unread)!r}, of which there are none; name their "
-                             "file with --method_options file=FILE, or mix them with `sasft mix` and give --mix")
+            raise UsageError(f"the method {self.method} mixes in rows of the source {min(unread)!r}, of which there are none; "
+                             "name their file with --method_options file=FILE, or mix them with `sasft mix` and give --mix")
         if shares[SELF] > 0 and not self.self_data:
             raise UsageError(f"lam is {self.lam}, but self_data names no file; write self-dialogues with "
                              "`sasft talk` and name them with --self_data, or set --lam 0")
@@ -123,20 +125,21 @@ def train(settings: TrainSettings) -> dict[str, Any]:
     method has cost beyond SFT. The same call again returns a finished run's summary, or goes on
     with an unfinished one; another configuration in the same folder is refused.
 
-    Under ``accelerate launch`` or ``torchrun`` the processes train together (:func:`sasft.trainer.fit`), and the first one writes.
+    Under ``accelerate launch`` or ``torchrun`` the processes train together (:func:`sasft.trainer.fit`), and the first one
+    writes.
     """
     first, out = join(), Path(settings.out)
     if settings.record_every and sharding_asked():
-        raise UsageError(f"record_every is {settings.record_every}, but instruments put the base's weights into the model, which can't be "
-                         "done while these are sharded (FSDP2); set record_every to 0, or take DDP")
+        raise UsageError(f"record_every is {settings.record_every}, but instruments put the base's weights into the model, which "
+                         "can't be done while these are sharded (FSDP2); set record_every to 0, or take DDP")
     ensure_writable(out)
     method, costs = settings.chosen_method(), Costs()
     text = _general_text(settings.general_text)
     material = read_material(settings)
-    identity = {
-        "settings": {k: v for k, v in asdict(settings).items() if k not in ("out", *_FILES)},
-        "data_sha256": {**material.sha256, **({"general_text": sha256_file(settings.general_text)} if settings.general_text else {})},
-    }
+    hashes = dict(material.sha256)
+    if settings.general_text:
+        hashes["general_text"] = sha256_file(settings.general_text)
+    identity = {"settings": {k: v for k, v in asdict(settings).items() if k not in ("out", *_FILES)}, "data_sha256": hashes}
     _claim(out, identity, {name: getattr(settings, name) for name in _FILES})
     if (done := out / "summary.json").exists():
         return json.loads(done.read_text(encoding="utf-8"))
@@ -196,8 +199,10 @@ def read_material(settings: TrainSettings) -> Material:
     if settings.mix:
         mixture = read_mixture(settings.mix)
         report = json.loads((Path(settings.mix) / "mix.json").read_text(encoding="utf-8"))
-        return Material({TASK: [], SELF: [], **mixture.rows}, {name: report[name] for name in ("rows_sha256", "held_out")}, mixture)
-    files = {TASK: settings.task, **({SELF: settings.self_data} if settings.self_data else {}), **settings.chosen_method().files()}
+        hashes = {name: report[name] for name in ("rows_sha256", "held_out")}
+        return Material({TASK: [], SELF: [], **mixture.rows}, hashes, mixture)
+    own = {SELF: settings.self_data} if settings.self_data else {}
+    files = {TASK: settings.task, **own, **settings.chosen_method().files()}
     sources = {name: Source.parse(file) for name, file in files.items()}
     return Material({TASK: [], SELF: [], **{name: read_rows(source) for name, source in sources.items()}},
                     {name: source.sha256() for name, source in sources.items()})
@@ -212,7 +217,8 @@ def load(settings: TrainSettings) -> tuple[nn.Module, PreTrainedTokenizerBase]:
 Rows = dict[str, list[Encoded]]
 
 
-def encode(settings: TrainSettings, material: Material, made: Mapping[str, Sequence[Row]], chat: Chat) -> tuple[Rows, Rows, list[str]]:
+def encode(settings: TrainSettings, material: Material, made: Mapping[str, Sequence[Row]],
+           chat: Chat) -> tuple[Rows, Rows, list[str]]:
     """Rows to train on and rows held out of training, encoded, and what that came to; ``made`` is what a method has made of the
     material's rows.
 
@@ -231,8 +237,8 @@ def encode(settings: TrainSettings, material: Material, made: Mapping[str, Seque
         elif mixture is not None and source in mixture.held_out:
             held_out[source] = encode_rows(mixture.held_out[source], chat, **limits)[0]
             if read == mixture.rows[source] and tuple(e.loss_tokens for e in encoded) != mixture.plan.tokens[source]:
-                raise UsageError(f"the rows of {source} have other lengths for {settings.model} than {settings.mix} was laid out for; mix "
-                                 f"them for this model: sasft mix --model {settings.model} ...")
+                raise UsageError(f"the rows of {source} have other lengths for {settings.model} than {settings.mix} was laid out "
+                                 f"for; mix them for this model: sasft mix --model {settings.model} ...")
         if encoded:
             reports.append(f"{source}: {report}; {len(held_out.get(source, ()))} held out to measure on")
     return rows, held_out, reports
@@ -251,8 +257,9 @@ def lay_out(settings: TrainSettings, material: Material, rows: Rows) -> Plan:
     plan = material.mixture.plan
     for source, tokens in plan.tokens.items():
         if len(rows[source]) != len(tokens):
-            raise UsageError(f"the method {settings.method} makes {len(rows[source])} rows of the {len(tokens)} of {source}, so the steps "
-                             "of the mix no longer fit; name the files by task and self_data instead, and steps are laid out after it")
+            raise UsageError(f"the method {settings.method} makes {len(rows[source])} rows of the {len(tokens)} of {source}, so "
+                             "the steps of the mix no longer fit; name the files by task and self_data instead, and steps are "
+                             "laid out after it")
     return replace(plan, tokens={source: tuple(r.loss_tokens for r in rows[source]) for source in plan.tokens})
 
 

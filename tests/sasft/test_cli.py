@@ -122,8 +122,8 @@ def test_the_examples_of_a_command_are_options_that_it_has(name: str) -> None:
     (["talk", "--out", "{tmp}/s.jsonl", "--model", "smollm2"], "smollm2-135m-instruct"),
     (["talk", "--out", "{tmp}/s.jsonl", "--temperature", "0"], "temperature must be > 0"),
     (["talk", "--out", "{tmp}/s.jsonl", "--n", "many"], "--n: invalid int value: 'many'"),
-    (["talk", "--out", "{tmp}/s.jsonl", "--sampler", "exact", "--top_p", "0.9"], "the sampler exact has a temperature and a top_p of its "
-     "own, but top_p 0.9 is asked for as well"),
+    (["talk", "--out", "{tmp}/s.jsonl", "--sampler", "exact", "--top_p", "0.9"],
+     "the sampler exact has a temperature and a top_p of its own, but top_p 0.9 is asked for as well"),
     (["talk", "--config"], "--config: expected one argument"),
     (["talk", "--config", "{tmp}/none.yaml"], "none.yaml can't be read"),
     (["talk", "--config", "{tmp}/odd.yaml"], "unknown settings: fun; there are out, n"),

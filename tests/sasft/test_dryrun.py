@@ -43,7 +43,8 @@ def rows_and_plan():
     return rows, make_plan(tokens[TASK], tokens[SELF], steps=3, lam=0.5, rows_per_step=8)
 
 
-@pytest.mark.parametrize("kwargs", [{}, {"packing": True}, {"packing": True, "micro_tokens": 300}, {"activation_checkpointing": True}])
+@pytest.mark.parametrize("kwargs", [
+    {}, {"packing": True}, {"packing": True, "micro_tokens": 300}, {"activation_checkpointing": True}])
 def test_the_cost_of_training_counts_what_is_trained_on_and_moves_nothing(kwargs) -> None:
     rows, plan = rows_and_plan()
     model, settings = tiny_chat.chatty(), FitSettings(**FP32, micro_rows=3, **kwargs)
@@ -128,8 +129,8 @@ def test_a_dry_run_says_rows_tokens_steps_time_and_memory_and_leaves_nothing(com
 
 
 def test_a_dry_run_of_training_foresees_the_mix(folder: Path) -> None:
-    settings = TrainSettings(model=str(folder / "model"), task=str(folder / "task.jsonl"), self_data=str(folder / "self.jsonl"), steps=3,
-                             rows_per_step=4, lam=0.25, out=str(folder / "run"), lora_rank=2, **FP32)
+    settings = TrainSettings(model=str(folder / "model"), task=str(folder / "task.jsonl"), self_data=str(folder / "self.jsonl"),
+                             steps=3, rows_per_step=4, lam=0.25, out=str(folder / "run"), lora_rank=2, **FP32)
     said = of_training(settings).text
     assert "3 steps of" in said and "task    0.750  0.750" in said and re.search(r"parameters are trained \(\d+\.\d+%\)", said)
     assert "without what the method" not in said
@@ -138,16 +139,16 @@ def test_a_dry_run_of_training_foresees_the_mix(folder: Path) -> None:
 
 
 def test_self_dialogues_to_come_count_at_their_caps(folder: Path) -> None:
-    settings = TalkSettings(model=str(folder / "model"), out=str(folder / "new.jsonl"), n=10, turns=2, max_user_tokens=7, max_new_tokens=9,
-                            batch_size=4, precision="fp32")
+    settings = TalkSettings(model=str(folder / "model"), out=str(folder / "new.jsonl"), n=10, turns=2, max_user_tokens=7,
+                            max_new_tokens=9, batch_size=4, precision="fp32")
     assert "up to 140 tokens of user turns and 180 of answers" in of_talk(settings).text
     (folder / "new.jsonl").write_text("{}\n" * 20)
     assert "20 rows are there already" in of_talk(settings).text and of_talk(settings).seconds == 0
 
 
 def test_a_run_adds_its_parts_up(folder: Path) -> None:
-    given = {"task": str(folder / "task.jsonl"), "model": str(folder / "model"), "out": str(folder / "whole"), "precision": "fp32",
-             "mix_steps": 2, "evaluate_suites": "text", "evaluate_limit": 2}
+    given = {"task": str(folder / "task.jsonl"), "model": str(folder / "model"), "out": str(folder / "whole"),
+             "precision": "fp32", "mix_steps": 2, "evaluate_suites": "text", "evaluate_limit": 2}
     forecast = of_run(RunSettings(**given, talk_n=8, talk_max_new_tokens=9))
     assert math.isfinite(forecast.seconds) and "all in all" in forecast.text
     assert "self: rows to be written, counted as 6 of the longest that can be" in forecast.text  # a quarter is held out
@@ -155,7 +156,7 @@ def test_a_run_adds_its_parts_up(folder: Path) -> None:
 
 
 def test_the_mix_of_a_dry_run_is_the_mix(folder: Path) -> None:
-    settings = MixSettings(sources=[f"task={folder}/task.jsonl", f"self={folder}/self.jsonl"], model=str(folder / "model"), steps=3,
-                           out=str(folder / "mix"))
+    settings = MixSettings(sources=[f"task={folder}/task.jsonl", f"self={folder}/self.jsonl"], model=str(folder / "model"),
+                           steps=3, out=str(folder / "mix"))
     foreseen = DRY_RUNS["mix"](settings).text
     assert mix_table(make_mixture(settings)) in foreseen

@@ -30,8 +30,8 @@ def write(path: Path, rows: list[dict]) -> None:
 def settings(folder: Path, **kwargs) -> MixSettings:
     return MixSettings(**{"sources": [f"task={folder}/task.jsonl", f"self={folder}/own.jsonl",
                                       f"web={folder}/web.jsonl:prompt=q,response=a"],
-                          "shares": [2, 1, 1], "steps": 6, "rows_per_step": 8, "model": str(folder / "model"), "seed": 3, "hold_out": 0,
-                          "out": str(folder / "mix"), **kwargs})
+                          "shares": [2, 1, 1], "steps": 6, "rows_per_step": 8, "model": str(folder / "model"), "seed": 3,
+                          "hold_out": 0, "out": str(folder / "mix"), **kwargs})
 
 
 def test_what_is_written_is_what_was_planned(folder: Path) -> None:

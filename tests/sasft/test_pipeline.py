@@ -18,6 +18,7 @@ from sasft.pipeline import RunSettings, parts_of, run
 from tests.sasft import tiny_chat
 
 NO_LIMITS = [f"{limit.name}=none" for limit in fields(QualityLimits)]  # the tiny model babbles
+NO_TALK = {"talk_n": 500, "talk_max_new_tokens": 128, "talk_max_user_tokens": 64, "talk_batch_size": 64, "talk_limits": []}
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +77,8 @@ def whole(given, tmp_path_factory: pytest.TempPathFactory):
 
 
 @pytest.mark.parametrize("part", ["talk", "make_mixture", "train", "evaluate"])
-def test_a_run_goes_on_after_the_part_in_which_it_was_stopped(settings, whole, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_goes_on_after_the_part_in_which_it_was_stopped(settings, whole, part: str,
+                                                              monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(*args, **kwargs):
         raise KeyboardInterrupt
 
@@ -90,7 +92,7 @@ def test_a_run_goes_on_after_the_part_in_which_it_was_stopped(settings, whole, p
 
 
 def test_plain_fine_tuning_writes_no_dialogues(settings, tmp_path: Path) -> None:
-    report = run(settings(lam=0.0, talk_n=500, talk_max_new_tokens=128, talk_max_user_tokens=64, talk_batch_size=64, talk_limits=[]), quiet)
+    report = run(settings(lam=0.0, **NO_TALK), quiet)
     assert set(report["mix"]["rows"]) == {"task"} and not (tmp_path / "run" / "self.jsonl").exists()
     assert [f["suite"].partition(":")[0] for f in report["forgetting"]] == ["answers", "instructions"]
 
@@ -98,8 +100,7 @@ def test_plain_fine_tuning_writes_no_dialogues(settings, tmp_path: Path) -> None
 def test_rows_of_ones_own_are_mixed_and_measured_on(settings, files: Path, tmp_path: Path) -> None:
     own = tmp_path / "own.jsonl"
     own.write_text("".join(json.dumps({"prompt": f"Go on {i}", "response": "well"}) + "\n" for i in range(12)))
-    given = {"talk_n": 500, "talk_max_new_tokens": 128, "talk_max_user_tokens": 64, "talk_batch_size": 64, "talk_limits": []}
-    report = run(settings(self_data=str(own), task_test=str(files / "task.jsonl"), **given), quiet)
+    report = run(settings(self_data=str(own), task_test=str(files / "task.jsonl"), **NO_TALK), quiet)
     assert report["forgetting"][0]["suite"] == f"answers:{files / 'task.jsonl'}" and report["forgetting"][0]["n"] == 4
     assert {row.response for row in read_mixture(tmp_path / "run" / "mix").rows["self"]} == {"well"}
 
@@ -113,11 +114,12 @@ def test_bad_dialogues_stop_the_run_before_training(settings, tmp_path: Path) ->
 
 
 def test_options_reach_their_parts(settings) -> None:
-    given = settings(lam=0.25, talk_topics=None, talk_filters=["finished"], mix_by="loss", train_method="l2-sp", train_method_options="weight=2",
-                     train_lora_rank=4, evaluate_temperature=0.5, evaluate_seed=9)
+    given = settings(lam=0.25, talk_topics=None, talk_filters=["finished"], mix_by="loss", train_method="l2-sp",
+                     train_method_options="weight=2", train_lora_rank=4, evaluate_temperature=0.5, evaluate_seed=9)
     parts = parts_of(given)
     assert parts.talk.max_new_tokens == 8 and parts.talk.seed == parts.mix.seed == parts.train.seed == 3
-    assert parts.mix.sources[1] == f"self={given.out}/self.kept.jsonl" and parts.mix.shares == [0.75, 0.25] and parts.mix.by == "loss"
+    assert parts.mix.sources[1] == f"self={given.out}/self.kept.jsonl"
+    assert parts.mix.shares == [0.75, 0.25] and parts.mix.by == "loss"
     assert parts.train.mix == parts.mix.out and parts.train.chosen_method().describe() == {"name": "l2-sp", "weight": 2.0}
     assert (parts.before.temperature, parts.before.seed, parts.after.base) == (0.5, 9, given.model)
     assert replace(parts.after, model=given.model, out=parts.before.out, base=None) == parts.before

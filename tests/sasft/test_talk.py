@@ -22,8 +22,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def settings(model: Path, tmp_path: Path):
     def make(**kwargs) -> TalkSettings:
-        return TalkSettings(**{"model": str(model), "out": str(tmp_path / "self.jsonl"), "n": 12, "max_new_tokens": 12, "precision": "fp32",
-                               "max_user_tokens": 30, "batch_size": 4, **kwargs})
+        return TalkSettings(**{"model": str(model), "out": str(tmp_path / "self.jsonl"), "n": 12, "max_new_tokens": 12,
+                               "precision": "fp32", "max_user_tokens": 30, "batch_size": 4, **kwargs})
     return make
 
 
@@ -54,8 +54,10 @@ def test_topics_systems_and_turns_come_from_files(settings, tmp_path: Path) -> N
 def test_a_topic_is_dropped_and_what_is_left_of_it_told(settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("sklearn")
     sums = [f"What is {i} + {i + 1}?" for i in range(20)]
-    others = [f"Who lives in the {a} by the {b}?" for a in ("house", "garden", "forest", "city") for b in ("sea", "road", "hill", "lake", "inn")]
-    rows = [Row(str(i), "self", ({"role": "user", "content": text},), "Let me see.", (5, 6)) for i, text in enumerate([*sums, *others])]
+    others = [f"Who lives in the {a} by the {b}?" for a in ("house", "garden", "forest", "city")
+              for b in ("sea", "road", "hill", "lake", "inn")]
+    rows = [Row(str(i), "self", ({"role": "user", "content": text},), "Let me see.", (5, 6))
+            for i, text in enumerate([*sums, *others])]
     monkeypatch.setattr(sasft.talk, "write_in_parallel", lambda *args, **kwargs: rows)
     with pytest.warns(BreaksScoreIdentity, match="the ablation of mathematics"):
         done = talk(settings(ablate=["mathematics"]))
@@ -66,7 +68,7 @@ def test_a_topic_is_dropped_and_what_is_left_of_it_told(settings, tmp_path: Path
 
 def test_bad_data_is_refused_and_stays_on_disk(settings, tmp_path: Path) -> None:
     done = talk(settings(limits=["foreign=none", "nats_per_token=0.5"]))
-    with pytest.raises(UsageError, match=f"nats_per_token is .*, above the limit 0.5.*The rows stay in {tmp_path / 'self.jsonl'}"):
+    with pytest.raises(UsageError, match=f"nats_per_token is .*, above the limit 0.5.*stay in {tmp_path / 'self.jsonl'}"):
         done.check()
     assert len(read_rows(tmp_path / "self.jsonl")) == 12
     assert json.loads((tmp_path / "self.quality.json").read_text())["limits"]["nats_per_token"] == 0.5
