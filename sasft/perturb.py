@@ -1,7 +1,7 @@
 """Noise in the text of a prompt: typing errors, other words. What an answer hangs on stays as it is, byte for byte.
 
 Fixed are code, formulas, URLs, numbers (in digits or words), names, negations and everything that looks like an identifier
-(:func:`is_fixed`). The rules and the short list of synonyms are this package's own, and English. (nlpaug, the usual package for
+(all but :func:`free_words`). The rules and the short list of synonyms are this package's own, and English. (nlpaug, the usual package for
 this, had its last release in 2022 and takes its synonyms from a thesaurus that is fetched over the network.)
 """
 
@@ -33,25 +33,31 @@ _GROUPS = tuple(map(str.split, (
 _SYNONYMS = {word: tuple(other for other in group if other != word) for group in _GROUPS for word in group}
 
 
-def is_fixed(text: str, token: Token) -> bool:
-    """Whether a token of :func:`sasft.content.read` must stay: all but words of letters that stand free.
+def free_words(text: str) -> list[Token]:
+    """The words of a text that may change: those of letters that stand free, are no numbers, and are nowhere in it a name.
 
     >>> text = "Sort the list items_2 by `key`, then call f(x) for NASA, not for two of them."
-    >>> [t.text for t in read(text) if is_fixed(text, t)]
-    ['items_2', '`key`', 'f', 'x', 'NASA', 'not', 'two']
+    >>> [t.text for t in free_words(text)]
+    ['Sort', 'the', 'list', 'by', 'then', 'call', 'for', 'for', 'of', 'them']
     """
+    tokens = read(text)
+    names = {token.text for token in tokens if token.kind == "name"}
+    return [token for token in tokens if token.text not in names and _is_free(text, token)]
+
+
+def _is_free(text: str, token: Token) -> bool:
     before, after = text[max(0, token.start - 4) : token.start], text[token.end : token.end + 2]
     opened = before.rstrip(_OPENING)
     begins = not opened or opened[-1].isspace()
     ends = not after.strip() or after[0].isspace() or (after[0] in _CLOSING and not (after[1:].isalnum() or after[1:] == "_"))
     quoted = before[-1:] in _QUOTES and after[:1] in _QUOTES
     letters = token.kind in ("word", "function") and token.text.translate(_JOINTS).isalpha()
-    return not (letters and begins and ends) or quoted or token.folded in _NUMBER_WORDS
+    return letters and begins and ends and not quoted and token.folded not in _NUMBER_WORDS
 
 
 def fixed_texts(text: str) -> Counter[str]:
-    """What :func:`is_fixed` holds in a text, with counts."""
-    return Counter(token.text for token in read(text) if is_fixed(text, token))
+    """What does not change in a text, with counts: its tokens without the free words."""
+    return Counter(token.text for token in read(text)) - Counter(token.text for token in free_words(text))
 
 
 def mistype(text: str, rate: float, rng: np.random.Generator) -> str:
@@ -108,10 +114,9 @@ def _reworded(word: str, rng: np.random.Generator) -> str:
 
 def _each_free_word(text: str, alter) -> str:
     out, cursor = [], 0
-    for token in read(text):
-        if not is_fixed(text, token):
-            out += [text[cursor : token.start], alter(token.text)]
-            cursor = token.end
+    for token in free_words(text):
+        out += [text[cursor : token.start], alter(token.text)]
+        cursor = token.end
     return "".join([*out, text[cursor:]])
 
 

@@ -26,6 +26,15 @@ def words_of(text: str) -> list[str]:
     return re.findall(r"\w+", text.lower())
 
 
+def stands_in(text: str, phrase: str) -> bool:
+    """Whether the words of a phrase, of which there must be one, stand in a text one after the other.
+
+    >>> stands_in("The capital is New York, of course.", "new york"), stands_in("It is newer.", "new")
+    (True, False)
+    """
+    return f" {' '.join(words_of(phrase))} " in f" {' '.join(words_of(text))} "
+
+
 def repetition(text: str) -> float:
     """Share of the sequences of four words that stood in the text before; 0 with fewer than eight words.
 

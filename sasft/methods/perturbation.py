@@ -19,6 +19,7 @@ from sasft.mixing import TASK
 from sasft.perturb import fixed_texts, mistype, reword
 from sasft.sampling import Sampler, row_seed
 from sasft.settings import option
+from sasft.text_checks import stands_in
 from sasft.writing import Job
 
 _RATES = {"char": 0.05, "word": 0.1, "sentence": 1.0}
@@ -39,11 +40,10 @@ class Perturbed(Method):
 
     - ``char``: each letter of longer words, with probability ``rate`` (:func:`sasft.perturb.mistype`);
     - ``word``: each free word, with probability ``rate`` (:func:`sasft.perturb.reword`);
-    - ``sentence``: the last user turn of a share ``rate`` of the rows, paraphrased by the model to be trained. A paraphrase that is
-      cut, that is less than half or more than twice as long, or that lost or made up what is fixed (:func:`refused`), is not taken:
-      the row stays as it is.
+    - ``sentence``: the last user turn of a share ``rate`` of the rows, paraphrased by the model to be trained. One that
+      :func:`refused` finds fault with is not taken: the row stays as it is.
 
-    Code, numbers, names and identifiers stay byte for byte (:func:`sasft.perturb.is_fixed`), so prompts that are nothing but code,
+    Code, numbers, names and identifiers stay byte for byte (:func:`sasft.perturb.free_words`), so prompts that are nothing but code,
     docstrings included, stay whole. What happens to a row follows from the run's seed and the row's id. ``rate=0`` is SFT. Typing
     errors break words into more tokens, so prompts get longer.
 
@@ -102,7 +102,7 @@ class Perturbed(Method):
             written = write(jobs)
         for i, paraphrase in zip(chosen, written, strict=True):
             *before, last = rows[i].prompt
-            if reason := refused(paraphrase, last["content"]):
+            if reason := refused(paraphrase, last["content"], rows[i].response):
                 refusals[reason] += 1
             else:
                 found[i] = replace(rows[i], prompt=(*before, {**last, "content": paraphrase.response.strip()}))
@@ -112,11 +112,14 @@ class Perturbed(Method):
         return Sampler(temperature=self.temperature, top_p=self.top_p, max_new_tokens=self.max_new_tokens)
 
 
-def refused(paraphrase: Row, original: str) -> str | None:
+def refused(paraphrase: Row, original: str, answer: str) -> str | None:
     """Why a paraphrase is not taken, the first reason; None if it is.
 
+    It was cut; it is less than half or more than twice as long; it lost what is fixed, or has numbers or code of its own; it is no
+    question although the original is one, or the other way round; it gives the answer away.
+
     >>> said = Row("1", "task", (), "How much is 3 apples at 2 dollars?")
-    >>> refused(said, "What do 3 apples cost at 2 dollars each?"), refused(said, "What do 4 apples cost at 2 dollars each?")
+    >>> refused(said, "What do 3 apples cost at 2 dollars?", "6"), refused(said, "What do 4 apples cost at 2 dollars?", "8")
     (None, 'fixed text lost')
     """
     text = paraphrase.response.strip()
@@ -130,4 +133,8 @@ def refused(paraphrase: Row, original: str) -> str | None:
     known = {token.text for token in read(original)}
     if any(token.kind in ("number", "span") and token.text not in known for token in read(text)):
         return "numbers or code made up"
+    if ("?" in text) != ("?" in original):
+        return "question or none"
+    if stands_in(text, answer) and not stands_in(original, answer):
+        return "answer given away"
     return None

@@ -20,9 +20,10 @@ from sasft.mixing import SELF, TASK
 from sasft.sampling import Sampler, row_seed
 from sasft.settings import option
 from sasft.stated import numbers
+from sasft.text_checks import stands_in
 from sasft.writing import Job
 
-GRADERS = ("exact", "number", "rouge", "self")
+GRADERS = ("exact", "contains", "number", "rouge", "self")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +34,7 @@ class SLearnLlm(Method):
 
     with a grade r in [0, 1]. Source: arXiv 2505.17470, where the model grades itself by a chain of thought. Its prompt,
     threshold and decoding are not known; our choices: greedy answers; rules where they will do (``exact``: the same words;
-    ``number``: the same last number; ``rouge``: ROUGE-L F1), the model's own grade (:func:`sasft.methods.judging.grades`, after
+    ``contains``: the reference's words among others; ``number``: the same last number; ``rouge``: ROUGE-L F1), the model's own grade (:func:`sasft.methods.judging.grades`, after
     at most ``think_tokens`` of reasoning) with ``self``; the mark m. A small model is no judge: ``self`` says how often it agrees
     with the rule ``exact``. The method keeps the rows of highest loss, for efficiency; it claims nothing about forgetting. Where
     the model answers nothing rightly it is SFT, as it is for m > 1. Which rows are chosen does not depend on their order.
@@ -45,7 +46,7 @@ class SLearnLlm(Method):
     paper: ClassVar[str] = "arXiv 2505.17470"
     writes: ClassVar[bool] = True
 
-    grader: Literal["exact", "number", "rouge", "self"] = option("exact", f"who says what is right: {', '.join(GRADERS)}")
+    grader: Literal["exact", "contains", "number", "rouge", "self"] = option("exact", f"who says what is right: {', '.join(GRADERS)}")
     pass_mark: float = option(0.5, "grade from which an answer is right, > 0; above 1 none is, which is SFT")
     max_new_tokens: int = option(256, "length cap of the answers that are graded")
     think_tokens: int = option(128, "length cap of the reasoning before a grade of the grader self; 0 for none")
@@ -88,6 +89,8 @@ class SLearnLlm(Method):
         pairs = list(zip(task, answers, strict=True))
         if self.grader == "exact":
             return [exact_match(answer, [row.response]) for row, answer in pairs]
+        if self.grader == "contains":
+            return [float(stands_in(answer, row.response)) for row, answer in pairs]
         if self.grader == "number":
             return [float(numbers(answer)[-1:] == numbers(row.response)[-1:]) for row, answer in pairs]
         if self.grader == "rouge":

@@ -10,13 +10,12 @@ import numpy as np
 import pytest
 
 from sasft import perturb
-from sasft.content import read
 from sasft.data import Row
 from sasft.errors import UsageError
 from sasft.methods import Costs, method, parse_method
 from sasft.methods.perturbation import refused
 from sasft.mixing import SELF, TASK
-from sasft.perturb import fixed_texts, is_fixed, mistype, reword
+from sasft.perturb import fixed_texts, free_words, mistype, reword
 from tests.sasft.methods.workshops import task_rows, workshop
 
 PROMPT = ("Write a function that returns the largest of three numbers, 3.5, 1,200 and -7. Call it find_max, not `biggest`; it must not "
@@ -32,8 +31,13 @@ def rng(seed: int = 0) -> np.random.Generator:
 
 def test_what_an_answer_hangs_on_is_fixed() -> None:
     assert all(fixed_texts(PROMPT)[text] for text in FIXED)
-    free = [t.text for t in read(PROMPT) if not is_fixed(PROMPT, t)]
+    free = [t.text for t in free_words(PROMPT)]
     assert {"Write", "function", "largest", "print", "office", "important"} <= set(free) and not set(free) & set(FIXED)
+
+
+def test_a_name_is_one_at_the_beginning_of_a_sentence_too() -> None:
+    text = "Natalia sold clips. How many did Natalia sell?"
+    assert fixed_texts(text) == {"Natalia": 2} and mistype(text, 1.0, rng()).count("Natalia") == 2
 
 
 @pytest.mark.parametrize("alter", [mistype, reword])
@@ -185,10 +189,13 @@ def test_a_share_of_the_rows_is_paraphrased(tmp_path: Path) -> None:
     (Row("1", "x", (), "3"), "length"),
     (Row("1", "x", (), "How many pens does a group need?"), "fixed text lost"),
     (Row("1", "x", (), "How many pens, say 10, do 3 people need?"), "numbers or code made up"),
+    (Row("1", "x", (), "Tell how many pens 3 people need."), "question or none"),
+    (Row("1", "x", (), "Do 3 people need a pen each, twelve pens in all?"), "answer given away"),
     (Row("1", "x", (), "What number of pens do 3 people need?"), None),
 ])
 def test_why_a_paraphrase_is_refused(said: Row, reason: str | None) -> None:
-    assert refused(said, "How many pens are needed by 3 people?") == reason
+    assert refused(said, "How many pens are needed by 3 people?", "Twelve pens!") == reason
+    assert refused(said, said.response, "3 people") == (None if said.finished else "unfinished")  # the original says so itself
 
 
 @pytest.mark.parametrize("text, message", [

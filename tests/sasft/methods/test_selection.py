@@ -48,7 +48,7 @@ def test_slearnllm_trains_on_what_the_model_does_not_answer(tmp_path: Path) -> N
     assert report["grades"] == {f"t{i}": float(i % 2) for i in range(6)}
 
 
-@pytest.mark.parametrize("grader, wrong", [("exact", {"t1", "t2", "t3"}), ("number", {"t2", "t3"}), ("rouge", {"t2"})])
+@pytest.mark.parametrize("grader, wrong", [("exact", {"t1", "t2", "t3"}), ("contains", {"t2", "t3"}), ("number", {"t2", "t3"}), ("rouge", {"t2"})])
 def test_graders(grader: str, wrong: set[str], tmp_path: Path) -> None:
     answers = {"2 + 2?": "4.", "3 + 3?": "That makes 3 + 3 = 6", "5 + 5?": "It is twelve, or 12", "7 + 7?": "7 + 7 = 15"}
     rows = task_rows([("2 + 2?", "4"), ("3 + 3?", "3 + 3 = 6"), ("5 + 5?", "5 + 5 = 10"), ("7 + 7?", "7 + 7 = 14")])
@@ -307,7 +307,7 @@ def test_random_rows_are_as_many_and_cost_nothing() -> None:
 
 
 @pytest.mark.parametrize("name, text, message", [
-    ("slearnllm", "grader=gpt", "grader must be one of exact, number, rouge, self, got 'gpt'"),
+    ("slearnllm", "grader=gpt", "grader must be one of exact, contains, number, rouge, self, got 'gpt'"),
     ("slearnllm", "pass_mark=0", "pass_mark must be a number > 0, got 0.0; at 0 every answer would be right"),
     ("slearnllm", "max_new_tokens=0", "max_new_tokens must be at least 1, got 0"),
     ("slearnllm", "think_tokens=-1", "think_tokens must be at least 0, got -1"),
