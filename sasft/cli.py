@@ -5,12 +5,14 @@ options on the command line go before it.
 """
 
 import dataclasses
+import io
 import re
 import sys
 import textwrap
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from sasft.methods import METHODS, Method
 from sasft.mixture import MixSettings, load_chat, make_mixture
 from sasft.options import parse
 from sasft.pipeline import RunSettings, mix_table, recorded_table, run
+from sasft.processes import join
 from sasft.restyle import STYLES, restyle
 from sasft.settings import option
 from sasft.sweep import SweepSettings, sweep
@@ -117,12 +120,16 @@ def _restyle(settings: RestyleSettings) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """A command: its settings, what it does with them, and what ``--help`` teaches below the options."""
+    """A command: its settings, what it does with them, and what ``--help`` teaches below the options.
+
+    ``together``: whether all processes of ``accelerate launch`` take part, or the first does it alone.
+    """
 
     settings: type
     run: Callable[[Any], Any]
     examples: str
     notes: str = ""
+    together: bool = False
 
     @property
     def about(self) -> str:
@@ -148,7 +155,7 @@ def _method(kind: type[Method]) -> str:
 
 COMMANDS: dict[str, Command] = {
     "talk": Command(
-        settings=TalkSettings, run=_talk, notes=_listed("filters, by name", NAMED), examples="""\
+        settings=TalkSettings, run=_talk, together=True, notes=_listed("filters, by name", NAMED), examples="""\
   sasft talk --out self.jsonl --n 500 --sampler exact
   sasft talk --out self.jsonl --n 500 --turns 2 --topics topics.txt
   sasft talk --out self.jsonl --n 500 --filters distinct prompt_words=3-60 --ablate mathematics --limits unfinished=0.5
@@ -159,7 +166,7 @@ COMMANDS: dict[str, Command] = {
   sasft mix --sources task=my_task.jsonl self=self.jsonl web=pages.parquet:prompt=q,response=a --by tokens --out mixes/three
   sasft mix --sources task=my_task.jsonl --like mixes/half --out mixes/task_repeated"""),
     "train": Command(
-        settings=TrainSettings, run=_train,
+        settings=TrainSettings, run=_train, together=True,
         notes=_listed("methods, by name [with their options]", {name: _method(kind) for name, kind in METHODS.items()}),
         examples="""\
   sasft train --task my_task.jsonl --self_data self.jsonl --lam 0.5 --steps 100 --out runs/mine
@@ -172,7 +179,7 @@ COMMANDS: dict[str, Command] = {
   sasft evaluate --model runs/mine/model --suites instructions,text,answers:test.jsonl --out scores/mine
   sasft evaluate --model runs/mine/model --base smollm2-135m-instruct --suites rows:self.jsonl,gsm8k@5 --out scores/kl"""),
     "run": Command(
-        settings=RunSettings, run=run, examples="""\
+        settings=RunSettings, run=run, together=True, examples="""\
   sasft run --task my_task.jsonl --out runs/whole
   sasft run --task my_task.jsonl --talk_sampler exact --talk_n 800 --mix_steps 100 --train_lr 2e-5 --out runs/whole
   sasft run --config run.yaml --out runs/whole, where run.yaml holds
@@ -213,7 +220,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         settings, dry = parse(command.settings, argv[1:], prog=f"sasft {name}", teach=teach, dry_run=name in DRY_RUNS,
                               elsewhere=_owners(name))
-        with warnings.catch_warnings():
+        first = join()
+        if not first and (dry or not command.together):
+            return 0
+        with warnings.catch_warnings(), redirect_stdout(sys.stdout if first else io.StringIO()):
             warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
             if dry:
                 print(f"{DRY_RUNS[name](settings).text}\nnothing was done: leave out --dry_run to do it")

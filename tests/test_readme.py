@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from sasft.cli import main
+from sasft.cli import COMMANDS, main
 from sasft.data_quality import QualityLimits
+from sasft.options import parse
+from sasft.pipeline import RunSettings, parts_of
 from tests.sasft import tiny_chat
 
 README = Path(__file__).parents[1] / "README.md"
@@ -61,20 +63,37 @@ def test_gradients_of_sources(here: Path, capsys: pytest.CaptureFixture) -> None
     assert "DIFFERS" not in capsys.readouterr().out
 
 
-def test_sa_sft_from_the_command_line_and_from_python(here: Path, capsys: pytest.CaptureFixture) -> None:
-    shell = next(b for b in blocks("bash") if "sasft talk" in b)
-    for line in shell.replace("\\\n", " ").splitlines():
-        argv = shlex.split(line, comments=True)
+def test_the_commands_and_python(here: Path, capsys: pytest.CaptureFixture) -> None:
+    talk = ["n", "24", "max_new_tokens", "10", "batch_size", "8"]
+    small = {"talk": [*options("", *talk), "--limits", *NO_LIMITS, "--precision", "fp32"], "mix": ["--steps", "2", "--rows_per_step", "4"],
+             "train": ["--precision", "fp32", "--record_every", "1"], "evaluate": ["--limit", "4", "--max_new_tokens", "4"],
+             "run": [*options("talk_", *talk), "--talk_limits", *NO_LIMITS, "--mix_steps", "2", "--mix_rows_per_step", "4", "--precision",
+                     "fp32", *options("evaluate_", "suites", "instructions", "limit", "4", "max_new_tokens", "4")]}
+    ran = []
+    for line in "\n".join(b for b in blocks("bash") if "sasft " in b).replace("\\\n", " ").splitlines():
+        _, *argv = shlex.split(line, comments=True) or [""]
         if argv:
-            assert argv[0] == "sasft"
-            small = {"talk": ["--n", "24", "--max_new_tokens", "10", "--precision", "fp32", "--limits", *NO_LIMITS],
-                     "train": ["--steps", "2", "--precision", "fp32", "--record_every", "1"]}.get(argv[1], [])
-            extra = [] if argv[1] == "restyle" else ["--model", "model"]
-            assert main([*argv[1:], *small, *extra]) == 0, capsys.readouterr().err
+            ran.append(argv[0])
+            model = [] if argv[0] == "restyle" or "--model" in argv else ["--model", "model"]
+            steps = ["--steps", "2"] if argv[0] == "train" and "--mix" not in argv else []
+            assert main([*argv, *small.get(argv[0], []), *model, *steps]) == 0, capsys.readouterr().err
+    assert set(ran) == set(COMMANDS) - {"sweep"}
     code = next(b for b in blocks("python") if "TrainSettings" in b)
     code = re.sub(r"steps=\d+", 'steps=2, model="model", precision="fp32"', code)
     scope = run_python(code)
     assert scope["summary"]["mix"]["lambda_rows"] == pytest.approx(0.5)
+
+
+def test_the_yaml_file_is_one_of_a_run(here: Path) -> None:
+    (here / "run.yaml").write_text(blocks("yaml")[0])
+    settings, _ = parse(RunSettings, ["--config", "run.yaml", "--out", "runs/yaml"], prog="sasft run")
+    parts = parts_of(settings)
+    assert parts.talk.ablate == ["mathematics"] and parts.mix.by == "tokens" and parts.train.lora_rank == 16
+    assert parts.train.lr == 2e-5 and parts.before.suites == "instructions,task:sums,text"
+
+
+def options(prefix: str, *pairs: str) -> list[str]:
+    return [f"--{prefix}{text}" if i % 2 == 0 else text for i, text in enumerate(pairs)]
 
 
 def test_the_pictures_that_it_shows_are_there() -> None:
