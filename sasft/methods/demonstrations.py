@@ -33,12 +33,15 @@ class Demonstrations:
 
     @classmethod
     def draw(cls, rows: Sequence[Row], n: int, source: str, seed: int) -> "Demonstrations":
-        """``n`` rows with a single user turn and a whole answer, drawn by the seed; raises :class:`UsageError` if there are fewer."""
+        """``n`` rows with a single user turn and a whole answer, drawn by the seed.
+
+        Raises :class:`UsageError` if there are fewer.
+        """
         fit = [row for row in rows if row.finished and row.response.strip()
                and [message["role"] for message in row.prompt if message["role"] != "system"] == ["user"]]
         if len(fit) < n:
-            raise UsageError(f"demonstrations is {n}, but the source {source!r} has {len(fit)} rows with one user turn and a whole "
-                             "answer; set demonstrations lower, or give more rows")
+            raise UsageError(f"demonstrations is {n}, but the source {source!r} has {len(fit)} rows with one user turn and a "
+                             "whole answer; set demonstrations lower, or give more rows")
         drawn = [fit[i] for i in np.random.default_rng(seed).permutation(len(fit))[:n]]
         systems = [tuple(dict(message) for message in row.prompt[:-1]) for row in drawn]
         texts = [row.prompt[-1]["content"] for row in drawn]

@@ -1,4 +1,4 @@
-"""Rows that the model writes itself after a few demonstrations: rehearsal of what it could do (SSR), a task without data (SELF-GUIDE)."""
+"""Rows that the model writes after demonstrations: rehearsal of what it could do (SSR), a task without data (SELF-GUIDE)."""
 
 import math
 import statistics
@@ -28,20 +28,14 @@ Fit = Callable[[Iterable[Row]], list[str]]
 
 _EXAMPLE = "Write an example: an input, and the output that belongs to it."
 _ANOTHER = "Write another example of this kind."
-_NEW_INPUT = """{task}Inputs of the task, to follow in form and style:
-
-{good}
-{earlier}
-Write one new input of the task{label}. Write the input alone, without its answer."""
-_EARLIER = """
-Other inputs, none of which may be repeated:
-
-{inputs}
-"""
+_INPUT = "Write an input of the task{label}, without its output."
+_ANOTHER_INPUT = "Write another input of the task{label}."
+_LABEL = " such that its output is {!r}"
+_EARLIER = "There are these inputs already, none of which may be repeated:\n{inputs}\n\n"
 _SHOWN = 10  # earlier inputs, at most
 # What betrays an answer that talks about answering, or goes on with the form of its prompt.
-NOISE = ("Sure,", "Sure!", "Of course", "Certainly", "Absolutely!", "Great question", "Good question", "happy to help", "here to help",
-         "Let me ", "Here is ", "Here's ", "As an AI", "input", "output", "Input", "Output", "\n\n")
+NOISE = ("Sure,", "Sure!", "Of course", "Certainly", "Absolutely!", "Great question", "Good question", "happy to help",
+         "here to help", "Let me ", "Here is ", "Here's ", "As an AI", "input", "output", "Input", "Output", "\n\n")
 """Strings that make a generated text noise, unless the demonstrations have them too."""
 
 
@@ -49,7 +43,8 @@ NOISE = ("Sure,", "Sure!", "Of course", "Certainly", "Absolutely!", "Great quest
 class Ssr(Method):
     r"""Self-synthesised rehearsal: the model writes examples of what it could do before, and is trained on those and the task.
 
-    .. math:: L=\text{SFT on }D\cup\hat D,\qquad\hat D=\{(\tilde x,\hat y)\},\quad\hat y=\arg\max\text{-decoding of }p_{\theta_0}(\cdot|\tilde x).
+    .. math:: L=\text{SFT on }D\cup\hat D,\qquad\hat D=\{(\tilde x,\hat y)\},\quad
+       \hat y=\text{greedy decoding of }p_{\theta_0}(\cdot\mid\tilde x).
 
     1. *In-context generation.* Every ordered pair of the demonstrations precedes ``samples`` new examples, input and output.
     2. *Selection.* :func:`nearest_of_clusters` of the inputs, ``n`` of them.
@@ -70,7 +65,7 @@ class Ssr(Method):
     writes: ClassVar[bool] = True
 
     n: int = option(200, "rehearsal rows, up to rounding in each cluster; 0 is SFT")
-    of: Literal["self", "task"] = option(SELF, "source that demonstrations are drawn from: self (the earlier task's rows, or general ones) or task")
+    of: Literal["self", "task"] = option(SELF, "source of demonstrations: self (an earlier task's rows, or general ones) or task")
     demonstrations: int = option(20, "rows that are shown, two at a time")
     samples: int = option(3, "examples written after each ordered pair of demonstrations")
     clusters: int = option(20, "clusters of inputs to choose from in proportion")
@@ -83,7 +78,7 @@ class Ssr(Method):
         _at_least(1, samples=self.samples, clusters=self.clusters)
         _at_least(2, demonstrations=self.demonstrations)
         if self.n and self.clusters > self.n:
-            raise UsageError(f"clusters must not be more than n={self.n}, since each gives its share of n rows; got {self.clusters}")
+            raise UsageError(f"clusters must not be more than n={self.n}, of which each gives its share; got {self.clusters}")
         if self.of not in (SELF, TASK):
             raise UsageError(f"of must be {SELF} or {TASK}, got {self.of!r}")
         self._sampler()
@@ -101,13 +96,15 @@ class Ssr(Method):
             parsed = [x for row in write(jobs) for x, _ in parse_examples(row.response)]
         inputs = demos.new(parsed)
         if not inputs:
-            raise UsageError(f"none of the {len(jobs)} examples that the model wrote has an input and an output and is new; look at "
-                             f"{workshop.folder / f'{self.name}-examples.jsonl'}, and take a model that follows demonstrations")
+            file = workshop.folder / f"{self.name}-examples.jsonl"
+            raise UsageError(f"none of the {len(jobs)} examples that the model wrote has an input and an output and is new; "
+                             f"look at {file}, and take a model that follows demonstrations")
         chosen = nearest_of_clusters(inputs, self.n, self.clusters, workshop.seed)
         jobs = [Job(f"answer-{i:05d}", demos.asked(inputs[i]), row_seed(workshop.seed, "ssr-answer", i)) for i in chosen]
         with writing(workshop, self.name, "answers", greedy(self.max_new_tokens), len(jobs)) as write:
             rehearsal = write(jobs)
-        _report(self, workshop, examples=self.samples * len(pairs), parsed=len(parsed), distinct=len(inputs), rehearsed=len(rehearsal))
+        _report(self, workshop, examples=self.samples * len(pairs), parsed=len(parsed), distinct=len(inputs),
+                rehearsed=len(rehearsal))
         found[TASK] = [*rehearsal, *found[TASK]]  # first, so that rows held out from the end stay the task's
         return found
 
@@ -122,12 +119,12 @@ class SelfGuide(Method):
     .. math:: L=\text{SFT on }\{(\tilde x_i,\tilde y_i)\},\qquad\tilde y_i=\text{the most frequent of }y_{i1},\dots,y_{iS}\sim
        p_{\theta_0}(\cdot\mid\text{demonstrations},\tilde x_i).
 
-    1. *Inputs*, round by round: the demonstrations' inputs are shown as good ones, up to ten of the model's own earlier ones, drawn
-       anew each time, as ones not to be repeated. With ``labels`` one is drawn for each, and an input that calls for it is asked
-       for; the label is not used any further.
+    1. *Inputs*, round by round: the demonstrations' inputs are shown as good ones, up to ten of the model's own earlier ones,
+       drawn anew each time, as ones not to be repeated. With ``labels`` one is drawn for each, and an input that calls for it is
+       asked for; the label is not used any further.
     2. *Outputs*: ``samples`` answers to each input, after the demonstrations.
     3. *Filters*: inputs and answers with noise (:func:`noise_of`) or of a length outside :func:`length_window` of the
-       demonstrations' go (of labels, what is none goes, and then all classes are cut to the rarest's size);
+       demonstrations' go (of labels, what is none goes, and then all that occur are cut to the rarest's number);
        :func:`majority` of the answers that are left.
 
     Source: arXiv 2407.12874. No other row of the task is trained on. Demonstrations stay in the prompt that is trained on, as
@@ -173,16 +170,19 @@ class SelfGuide(Method):
             return found
         demos = Demonstrations.draw(found[TASK], self.demonstrations, TASK, workshop.seed)
         if other := [y for y in demos.outputs if self.labels and y not in self._labels()]:
-            raise UsageError(f"labels are {', '.join(self._labels())}, but a demonstration's answer is {other[0]!r}; name all classes")
-        fit_inputs, fit_outputs = self._filter("inputs", demos.inputs), self._filter("outputs", (*demos.outputs, *self._labels()))
+            raise UsageError(f"labels are {', '.join(self._labels())}, but a demonstration's answer is {other[0]!r}; name all "
+                             "classes")
+        fit_inputs = self._filter("inputs", demos.inputs)
+        fit_outputs = self._filter("outputs", (*demos.outputs, *self._labels()))
         inputs = self._inputs(demos, fit_inputs, workshop)
         answers = self._answers(demos, inputs, fit_outputs, workshop)
         if self.labels:
             answers = balanced(answers, workshop.seed)
         _report(self, workshop, written=self.rounds * self.inputs_a_round, inputs=len(inputs), rows=len(answers))
         if not answers:
-            raise UsageError(f"the filters leave none of {self.rounds * self.inputs_a_round} inputs with an answer ({len(inputs)} "
-                             f"inputs passed); look at the files in {workshop.folder}, or loosen deviations or min_share")
+            raise UsageError(f"the filters leave none of {self.rounds * self.inputs_a_round} inputs with an answer "
+                             f"({len(inputs)} inputs passed); look at the files in {workshop.folder}, or loosen deviations or "
+                             "min_share")
         asked = demos.asked_after if self.in_prompt else demos.asked
         found[TASK] = [Row(f"{self.name}-{i:05d}", self.name, asked(x), y) for i, (x, y) in enumerate(answers.items())]
         return found
@@ -190,22 +190,28 @@ class SelfGuide(Method):
     def _inputs(self, demos: Demonstrations, fit: Fit, workshop: Workshop) -> list[str]:
         """Distinct inputs that pass the filters, in the order of writing."""
         kept: list[str] = []
-        with writing(workshop, self.name, "inputs", self._sampler(self.input_temperature), self.rounds * self.inputs_a_round) as write:
+        sampler, total = self._sampler(self.input_temperature), self.rounds * self.inputs_a_round
+        with writing(workshop, self.name, "inputs", sampler, total) as write:
             for r in range(self.rounds):
                 seeds = [row_seed(workshop.seed, self.name, "input", r, k) for k in range(self.inputs_a_round)]
-                jobs = [Job(f"input-{r:03d}.{k:03d}", self._asks_for_input(demos, kept, seed), seed) for k, seed in enumerate(seeds)]
+                jobs = [Job(f"input-{r:03d}.{k:03d}", self._asks_for_input(demos, kept, seed), seed)
+                        for k, seed in enumerate(seeds)]
                 kept = demos.new([*kept, *fit(write(jobs))])
         return kept
 
     def _asks_for_input(self, demos: Demonstrations, earlier: Sequence[str], seed: int) -> Messages:
-        rng = np.random.default_rng(seed)
-        shown, labels = "", self._labels()
+        rng, labels, before = np.random.default_rng(seed), self._labels(), demos.task
         if earlier:
             some = rng.permutation(len(earlier))[: rng.integers(1, min(len(earlier), _SHOWN), endpoint=True)]
-            shown = _EARLIER.format(inputs=_listed(earlier[i] for i in some))
-        return (user(_NEW_INPUT.format(
-            task=demos.task, good=_listed(demos.inputs[i] for i in rng.permutation(len(demos.inputs))), earlier=shown,
-            label=f", such that its output is {labels[rng.integers(len(labels))]!r}" if labels else "")),)
+            before += _EARLIER.format(inputs="\n".join(f"- {earlier[i]}" for i in some))
+        order = rng.permutation(len(demos.inputs))
+        wanted = [""] * (len(order) + 1)
+        if labels:
+            wanted = [_LABEL.format(y) for y in (*(demos.outputs[i] for i in order), labels[rng.integers(len(labels))])]
+        turns = [user(before + _INPUT.format(label=wanted[0]))]
+        for i, label in zip(order, wanted[1:], strict=True):
+            turns += [assistant(demos.inputs[i]), user(_ANOTHER_INPUT.format(label=label))]
+        return tuple(turns)
 
     def _answers(self, demos: Demonstrations, inputs: Sequence[str], fit: Fit, workshop: Workshop) -> dict[str, str]:
         """The majority's answer by input, where there is one."""
@@ -213,7 +219,8 @@ class SelfGuide(Method):
                 for i, x in enumerate(inputs) for k in range(self.samples)]
         with writing(workshop, self.name, "outputs", self._sampler(self.output_temperature), len(jobs)) as write:
             rows = write(jobs)
-        found = {x: majority(fit(rows[i * self.samples : (i + 1) * self.samples]), self.min_share) for i, x in enumerate(inputs)}
+        found = {x: majority(fit(rows[i * self.samples : (i + 1) * self.samples]), self.min_share)
+                 for i, x in enumerate(inputs)}
         labels = self._labels()
         return {x: y for x, y in found.items() if y is not None and (not labels or y in labels)}
 
@@ -222,8 +229,8 @@ class SelfGuide(Method):
         free = self.deviations == math.inf or (what == "outputs" and self.labels)
         low, high = (0, math.inf) if free else length_window(shown, self.deviations)
         if low >= high:
-            raise UsageError(f"the demonstrations' {what} are of one length, so that no other text's length lies in [{low}, {high}), "
-                             f"{self.deviations:g} standard deviations around it; show more demonstrations, or set deviations=inf")
+            raise UsageError(f"the demonstrations' {what} are of one length, so that no length lies in [{low}, {high}), within "
+                             f"{self.deviations:g} standard deviations; show more demonstrations, or set deviations=inf")
         noise = noise_of(shown)
 
         def fit(rows: Iterable[Row]) -> list[str]:
@@ -250,7 +257,7 @@ def parse_examples(text: str) -> list[tuple[str, str]]:
 
 
 def nearest_of_clusters(texts: Sequence[str], n: int, clusters: int, seed: int) -> list[int]:
-    r"""Which of N texts stand for all of them: of cluster c's :math:`n_c`, the :math:`\mathrm{round}(n\,n_c/N)` nearest to its centre.
+    r"""Which of N texts stand for all: of cluster c's :math:`n_c`, the :math:`\mathrm{round}(n\,n_c/N)` nearest to its centre.
 
     Clusters are k-means' (the best of ten starts) of the words' TF-IDF, rows of length 1; there are no more of them than texts.
     Through rounding there may be more or fewer than n. Cost: O(N) a step of k-means.
@@ -270,8 +277,8 @@ def nearest_of_clusters(texts: Sequence[str], n: int, clusters: int, seed: int) 
 
 
 def length_window(texts: Sequence[str], deviations: float) -> tuple[int, int]:
-    r"""Lengths, in characters, from :math:`\lfloor\mu-k\sigma\rfloor` to below :math:`\lfloor\mu+k\sigma\rfloor` (towards 0), of texts
-    with mean μ and standard deviation σ (over N).
+    r"""Lengths, in characters, from :math:`\mu-k\sigma` to below :math:`\mu+k\sigma`, both cut towards 0, for texts whose
+    lengths have mean μ and standard deviation σ (over N).
 
     >>> length_window(["a" * 8, "a" * 12], 2.0)
     (6, 14)
@@ -312,10 +319,6 @@ def balanced(answers: Mapping[str, str], seed: int) -> dict[str, str]:
 def _two_examples(demos: Demonstrations, pair: tuple[int, int]) -> Messages:
     first, second = (assistant(f"Input: {demos.inputs[i]}\nOutput: {demos.outputs[i]}") for i in pair)
     return user(demos.task + _EXAMPLE), first, user(_ANOTHER), second, user(_ANOTHER)
-
-
-def _listed(texts: Iterable[str]) -> str:
-    return "\n".join(f"- {text}" for text in texts)
 
 
 def _sklearn() -> tuple[Any, Any]:

@@ -5,7 +5,7 @@ import math
 import re
 import sys
 from collections import Counter
-from itertools import permutations
+from itertools import pairwise, permutations
 from pathlib import Path
 
 import numpy as np
@@ -161,7 +161,7 @@ def test_through_rounding_the_shares_need_not_make_up_the_number_asked_for() -> 
     ("clusters=0", "clusters must be at least 1, got 0"),
     ("samples=0", "samples must be at least 1, got 0"),
     ("demonstrations=1", "demonstrations must be at least 2, got 1"),
-    ("n=10", "clusters must not be more than n=10, since each gives its share of n rows; got 20"),
+    ("n=10", "clusters must not be more than n=10, of which each gives its share; got 20"),
     ("of=web", "of must be self or task, got 'web'"),
     ("top_p=2", r"top_p must lie in \(0, 1\], got 2"),
 ])
@@ -203,11 +203,20 @@ def test_ssr_runs_from_files(lora_rank: int, tmp_path: Path, monkeypatch: pytest
 
 FRENCH = "Say it in French.\n\n"
 GOLD = [scripted.row(FRENCH + x, y) for x, y in (("a tree", "un arbre"), ("a little cat", "un petit chat"), ("a dog", "un chien"))]
-LABELLED = [scripted.row(f"Is it good?\n\n{x}", y) for x, y in (("I love it", "yes"), ("No way, never", "no"), ("Fine!", "yes"))]
+LABELS = [("I love it", "yes"), ("No way, never", "no"), ("Fine!", "yes")]
+LABELLED = [scripted.row(f"Is it good?\n\n{x}", y) for x, y in LABELS]
+
+
+def asks_for_input(text: str) -> bool:
+    return turns(text)[-1][1].startswith("Write another input of the task")
+
+
+def label_asked_for(text: str) -> str:
+    return re.search(r"its output is '(yes|no)'", turns(text)[-1][1])[1]
 
 
 def guide_script(text: str, seed: int) -> str:
-    if "Write one new input" in text:
+    if asks_for_input(text):
         return f"a {'small ' * (seed % 2)}thing{seed % 7}"
     asked = turns(text)[-1][1].removeprefix(FRENCH)
     return f"un {asked[2:]}" if seed % 5 else "un truc"
@@ -245,15 +254,20 @@ def test_without_demonstrations_in_the_prompt_it_is_the_bare_request(tmp_path: P
 
 def test_a_round_shows_good_inputs_and_some_of_the_earlier_ones(tmp_path: Path) -> None:
     numbers = iter(range(1000))
-    _, shop = guided(tmp_path, lambda text, seed: f"a thing no. {next(numbers)}" if "Write one" in text else "un", rounds=5)
-    asks = [text for text in shop.writer.asked if "Write one new input" in text]
+    _, shop = guided(tmp_path, lambda text, seed: f"a {{thing}} no. {next(numbers)}" if asks_for_input(text) else "un", rounds=5)
+    asks = [turns(text) for text in shop.writer.asked if asks_for_input(text)]
     assert len(asks) == 20
-    for k, text in enumerate(asks):
-        good, _, earlier = text.partition("none of which may be repeated:")
-        assert all(f"- {row.prompt[0]['content'].removeprefix(FRENCH)}\n" in good for row in GOLD) and "The task: Say it in French." in good
-        before = {int(n) for n in re.findall(r"thing no\. (\d+)", earlier)}
-        first = k // 4 * 4  # what this round could know
-        assert before <= set(range(first)) and (1 if first else 0) <= len(before) <= min(first, 10)
+    orders = set()
+    for k, conversation in enumerate(asks):
+        good = [content for role, content in conversation if role == "assistant"]
+        assert sorted(good) == sorted(row.prompt[0]["content"].removeprefix(FRENCH) for row in GOLD)
+        orders.add(tuple(good))
+        (first, *others) = [content for role, content in conversation if role == "user"]
+        assert first.startswith("The task: Say it in French.") and set(others) == {"Write another input of the task."}
+        before = {int(n) for n in re.findall(r"- a {thing} no\. (\d+)\n", first)}
+        known = k // 4 * 4  # what this round could know
+        assert before <= set(range(known)) and (1 if known else 0) <= len(before) <= min(known, 10)
+    assert len(orders) > 1
 
 
 def test_inputs_are_distinct_new_and_pass_the_filters(tmp_path: Path) -> None:
@@ -261,7 +275,7 @@ def test_inputs_are_distinct_new_and_pass_the_filters(tmp_path: Path) -> None:
                  "a b", "a bc", "a bird that is much too long", "a boat"])
     low, high = length_window(["a tree", "a little cat", "a dog"], 1.0)
     assert (low, high) == (4, 10)
-    made, _ = guided(tmp_path, lambda text, seed: next(says) if "Write one" in text else "un oiseau", inputs_a_round=4, deviations=1.0)
+    made, _ = guided(tmp_path, lambda text, seed: next(says) if asks_for_input(text) else "un oiseau", inputs_a_round=4, deviations=1.0)
     kept = [row.prompt[-1]["content"].removeprefix(FRENCH) for row in made]
     assert kept[:2] == ["a fish", "a bird"] and sorted(kept[2:]) == ["a bc", "a boat"]
 
@@ -282,7 +296,7 @@ def test_the_majority_needs_its_share(answers: list[str], share: float, expected
 def test_the_share_is_of_the_answers_that_are_left(tmp_path: Path) -> None:
     """Two of ten say it, eight are noise or cut."""
     says = iter(["un mot", "Sure, un mot", f"un{scripted.CUT}", "un\n\nmot", "output: un", "", "Of course", "un mot", f"a{scripted.CUT}", "input"])
-    made, _ = guided(tmp_path, lambda text, seed: "a word" if "Write one" in text else next(says), rounds=1, inputs_a_round=1, samples=10,
+    made, _ = guided(tmp_path, lambda text, seed: "a word" if asks_for_input(text) else next(says), rounds=1, inputs_a_round=1, samples=10,
                      min_share=1.0)
     assert [row.response for row in made] == ["un mot"]
 
@@ -297,7 +311,7 @@ def test_lengths_are_those_of_the_demonstrations_half_open(tmp_path: Path) -> No
         answer = "y" * length
 
         def script(text: str, seed: int, answer: str = answer) -> str:
-            return "a small bee" if "Write one" in text else answer
+            return "a small bee" if asks_for_input(text) else answer
 
         if kept:
             assert guided(tmp_path / str(length), script, deviations=2.0)[0][0].response == answer
@@ -314,14 +328,17 @@ def test_noise_is_what_the_demonstrations_do_not_say() -> None:
 def test_of_labels_the_drawn_one_asks_and_the_answer_decides(tmp_path: Path) -> None:
     """Answers that are none of the labels go, and classes are cut to the rarest's size."""
     def script(text: str, seed: int) -> str:
-        if "Write one" in text:
-            return f"It is {re.search(r'its output is .(yes|no).', text)[1]} {seed % 10_000}"
+        if asks_for_input(text):
+            return f"It is {label_asked_for(text)} {seed % 10_000}"
         number = int(turns(text)[-1][1].split()[-1])
         return "perhaps" if number % 5 == 0 else "no" if number % 5 == 1 else "yes"  # whatever was drawn
 
     made, shop = guided(tmp_path, script, LABELLED, labels="yes, no", rounds=5, inputs_a_round=8)
-    drawn = Counter(re.search(r"its output is .(yes|no).", text)[1] for text in shop.writer.asked if "Write one" in text)
+    asks = [text for text in shop.writer.asked if asks_for_input(text)]
+    drawn = Counter(map(label_asked_for, asks))
     assert min(drawn["yes"], drawn["no"]) > 10  # of 40, both about as often
+    for (_, ask), (_, shown) in ((a, b) for text in asks for a, b in pairwise(turns(text)) if b[0] == "assistant"):
+        assert f"such that its output is {dict(LABELS)[shown]!r}" in ask
     counts = Counter(row.response for row in made)
     assert counts["yes"] == counts["no"] > 0 and len(counts) == 2
     for row in made:
@@ -345,7 +362,7 @@ def test_self_guide_counts_and_resumes(tmp_path: Path) -> None:
     files[1].unlink()
     again, second = guided(tmp_path)
     assert again == made and second.costs == shop.costs
-    assert sum("Write one" in text for text in second.writer.asked) == 8  # the rounds that were not whole
+    assert sum(asks_for_input(text) for text in second.writer.asked) == 8  # the rounds that were not whole
     assert guided(tmp_path)[1].writer.asked == []
     assert guided(tmp_path / "other", seed=1)[0] != made
 
@@ -372,7 +389,7 @@ def test_self_guide_says_what_it_lacks_before_any_work(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="labels are good, bad, but a demonstration's answer is '(yes|no)'; name all classes"):
         guided(tmp_path, rows=LABELLED, labels="good,bad")
     alike = [scripted.row(f"{FRENCH}{x}", y) for x, y in (("a cat", "un"), ("a dog", "deux"))]
-    with pytest.raises(UsageError, match=r"demonstrations' inputs are of one length, so that no other text's length lies in \[5, 5\), 2 standard"):
+    with pytest.raises(UsageError, match=r"demonstrations' inputs are of one length, so that no length lies in \[5, 5\), within 2 standard"):
         guided(tmp_path, rows=alike, demonstrations=2, deviations=2.0)
     with pytest.raises(UsageError, match="demonstrations' outputs are of one length"):
         guided(tmp_path, rows=[scripted.row("a", "x"), scripted.row("a long one", "y")], demonstrations=2, deviations=2.0)
