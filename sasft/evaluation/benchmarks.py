@@ -97,7 +97,8 @@ def mmlu(request: Request) -> Suite:
         opening, *rest = [*request.examples(shots[r["subject"]], question), (question, "")]
         asked = [(head + opening[0], opening[1]), *rest]
         items.append(Item(id=str(i), asked=r["question"], gold=r["answer"], group=r["subject"],
-                          cluster=cluster_of_text(r["question"].strip().rpartition("\n")[0]), choices=tuple(LETTERS[: len(r["choices"])]),
+                          cluster=cluster_of_text(r["question"].strip().rpartition("\n")[0]),
+                          choices=tuple(LETTERS[: len(r["choices"])]),
                           prompt=user(asked[-1][0], *turns(asked[:-1]))))
     return Chosen(name=request.spec, items=items, metrics=("acc", "nll"), source=provenance)
 
@@ -166,8 +167,8 @@ def piqa(request: Request) -> Suite:
         check_columns(rows, ("label",), source.title)
         labels = [str(r["label"]) for r in rows]
     if len(labels) != len(rows) or not {"0", "1"}.issuperset(labels):
-        raise UsageError(f"{source.title}: there must be one label, 0 or 1, for each of the {len(rows)} rows, got {len(labels)} labels "
-                         f"({', '.join(sorted(set(labels))[:4])})")
+        raise UsageError(f"{source.title}: there must be one label, 0 or 1, for each of the {len(rows)} rows, got {len(labels)} "
+                         f"labels ({', '.join(sorted(set(labels))[:4])})")
     items = [Item(id=str(i), asked=r["goal"], gold=int(label), choices=(r["sol1"], r["sol2"]),
                   prompt=user(f"Question: {r['goal']}\nAnswer:")) for i, (r, label) in enumerate(zip(rows, labels, strict=True))]
     return Chosen(name=request.spec, items=items, metrics=("acc_norm", "acc", "nll"), source=provenance)

@@ -120,7 +120,8 @@ def _flips(pairs: Sequence[tuple[Records, Records]], old: Array, new: Array, clu
     found = {name: Estimate.of(float(share.mean()), (share - share.mean()) / share.size, clusters).interval(level)
              for name, share in (("lost", lost), ("gained", gained))}
     guessed = ((1 - b) * (old - a) + (1 - a) * (new - b)) / (k - 1) if k else 0.0  # derivative of −(1 − a)(1 − b)/(k − 1)
-    adjusted = {name: float(np.mean([chance_adjusted(f, x, y, k) for f, x, y in zip(share.mean(1), a[:, 0], b[:, 0], strict=True)]))
+    adjusted = {name: float(np.mean([chance_adjusted(f, x, y, k)
+                                     for f, x, y in zip(share.mean(1), a[:, 0], b[:, 0], strict=True)]))
                 for name, share in (("lost", lost), ("gained", gained))}
     parts = (lost - lost.mean() + guessed) / lost.size
     bounds = Estimate.of(adjusted["lost"], parts, clusters).interval(level)

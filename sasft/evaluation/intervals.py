@@ -1,4 +1,4 @@
-"""Standard errors and intervals of scores that are ratios of sums over items, which may come in clusters and under several seeds."""
+"""Standard errors and intervals of scores that are ratios of sums over items, in clusters or not, under one seed or several."""
 
 import math
 from collections.abc import Sequence
@@ -18,7 +18,8 @@ class Estimate:
 
     The parts :math:`r_{si}` of a ratio :math:`\sum t / \sum w` are :math:`(t_{si} - \hat\theta w_{si}) / \sum w`; those of a sum
     or difference of ratios are the sums or differences of theirs, so what two paired scores share cancels. ``by_seed`` [S]
-    holds :math:`\sum_i r_{si}`, ``by_cluster`` :math:`\sqrt{G/(G-1)} \sum_{s,\,i \in g} r_{si}` under the names of the G clusters.
+    holds :math:`\sum_i r_{si}`, ``by_cluster`` :math:`\sqrt{G/(G-1)} \sum_{s,\,i \in g} r_{si}` under the names of the G
+    clusters.
     """
 
     value: float

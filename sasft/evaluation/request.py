@@ -44,8 +44,8 @@ class Request:
         others = (example for example in pool if _same(example[0]) != _same(question))
         shown = list(islice(others, self.shots))
         if len(shown) < self.shots:
-            raise UsageError(f"suite {self.spec!r} asks for {self.shots} shots, but there are {len(shown)} examples to show beside "
-                             f"the question {question[:60]!r}")
+            raise UsageError(f"suite {self.spec!r} asks for {self.shots} shots, but there are {len(shown)} examples to show "
+                             f"beside the question {question[:60]!r}")
         return shown
 
 

@@ -202,8 +202,8 @@ def _run(suite: Suite, subject: Subject, out: Path, items: Sequence[Item], shown
         if record["prompt_sha256"] != shown[name].sha256:
             raise UsageError(f"{out} holds results of {suite.name} on other prompts (item {name}); name another folder")
         if record["source_sha256"] != source:
-            raise UsageError(f"{out} holds results of {suite.name} from another source, whose reference answers may be others; now "
-                             f"it is {json.dumps(suite.source)}; name another folder")
+            raise UsageError(f"{out} holds results of {suite.name} from another source, whose reference answers may be others; "
+                             f"now it is {json.dumps(suite.source)}; name another folder")
     # Batches are formed before finished items are left out, so that a run that goes on forms the same ones.
     ordered = sorted(items, key=lambda item: (shown[item.id].tokens, item.id))
     batches = [ordered[i : i + subject.batch_size] for i in range(0, len(ordered), subject.batch_size)]

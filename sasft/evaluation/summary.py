@@ -36,9 +36,9 @@ def summarise(records: Sequence[Record], metrics: Sequence[str], contaminated: S
     ``scores``: {metric: score, standard error, n}, and ``clusters``, how many independent ones the n items make, where items
     share passages or questions; ``groups``: the headline score of each part, and ``macro``, their plain mean, whose standard
     error is of these parts (not of others that might have been chosen); ``prompts_sha256`` over ids and prompt hashes in the
-    order of ids: scores of different hashes are not of the same questions. Of written answers: how many are ``unfinished`` (the length cap cut them: a model that does
-    not stop seems to have forgotten), ``empty``, or ``off_template``. Of items found in the training data: their number and
-    ids, and the scores without them.
+    order of ids: scores of different hashes are not of the same questions. Of written answers: how many are ``unfinished`` (the
+    length cap cut them: a model that does not stop seems to have forgotten), ``empty``, or ``off_template``. Of items found in
+    the training data: their number and ids, and the scores without them.
     """
     named = dict.fromkeys([*metrics, *(m for r in records for m in r["scores"])])
     present = [m for m in named if any(m in r["scores"] for r in records)]

@@ -7,34 +7,42 @@ from pathlib import Path
 GSM8K = {"test": [{"question": "Ann has 3 apples and buys 4. How many has she?", "answer": "3 + 4 = <<3+4=7>>7\n#### 7"},
                   {"question": "A box holds 12 eggs. How many do 2 boxes hold?", "answer": "12 * 2 = 24\n#### 24"}],
          "train": [{"question": "Tom reads 5 pages a day. How many in 3 days?", "answer": "5 * 3 = 15\n#### 15"},
-                   {"question": "Ann has 3 apples and buys 4. How many  has she?", "answer": "Seven.\n#### 7"},  # of the test split
+                   {"question": "Ann has 3 apples and buys 4. How many  has she?", "answer": "Seven.\n#### 7"},  # also in test
                    {"question": "Li has 9 pens and loses 2. How many are left?", "answer": "9 - 2 = 7\n#### 7"}]}
 SOURCE = "This question refers to the following information.\nAll roads lead somewhere, wrote the traveller.\n"
-MMLU = {"test": [{"subject": "astronomy", "question": "What does the moon circle?", "choices": ["Mars", "Earth", "Venus", "Sun"], "answer": 1},
-                 {"subject": "world_history", "question": SOURCE + "Who wrote it?", "choices": ["A king", "A traveller", "A cook", "A poet"],
+MMLU = {"test": [{"subject": "astronomy", "question": "What does the moon circle?", "choices": ["Mars", "Earth", "Venus", "Sun"],
                   "answer": 1},
-                 {"subject": "world_history", "question": SOURCE + "What is it about?", "choices": ["Roads", "Seas", "Kings", "Bread"],
+                 {"subject": "world_history", "question": SOURCE + "Who wrote it?",
+                  "choices": ["A king", "A traveller", "A cook", "A poet"],
+                  "answer": 1},
+                 {"subject": "world_history", "question": SOURCE + "What is it about?",
+                  "choices": ["Roads", "Seas", "Kings", "Bread"],
                   "answer": 0}],
-        "dev": [{"subject": subject, "question": f"Development question {i} on {subject}?", "choices": ["a", "b", "c", "d"], "answer": i % 4}
+        "dev": [{"subject": subject, "question": f"Development question {i} on {subject}?", "choices": ["a", "b", "c", "d"],
+                 "answer": i % 4}
                 for subject in ("astronomy", "world_history") for i in range(5)]}
 AGIEVAL = {
-    "aqua-rat": [{"passage": None, "question": f"What is {i} + {i}?", "options": [f"({letter}){2 * i + j}" for j, letter in enumerate("ABCDE")],
+    "aqua-rat": [{"passage": None, "question": f"What is {i} + {i}?",
+                  "options": [f"({letter}){2 * i + j}" for j, letter in enumerate("ABCDE")],
                   "label": "A", "answer": None} for i in range(1, 5)],
-    "sat-math": [{"passage": "A plan." if i < 2 else "", "question": f"If x = {i}, what is x?", "options": [f"({letter}){i + j}" for j, letter in
-                                                                                                          enumerate("ABCD")],
+    "sat-math": [{"passage": "A plan." if i < 2 else "", "question": f"If x = {i}, what is x?",
+                  "options": [f"({letter}){i + j}" for j, letter in enumerate("ABCD")],
                   "label": "B", "answer": None} for i in range(3)],
-    "math": [{"passage": None, "question": "Write one half as a fraction.", "options": None, "label": None, "answer": "\\frac{1}{2}"}]}
+    "math": [{"passage": None, "question": "Write one half as a fraction.", "options": None, "label": None,
+              "answer": "\\frac{1}{2}"}]}
 IFEVAL = [{"key": 1000, "prompt": "Write a line without commas and with at least 3 words.",
            "instruction_id_list": ["punctuation:no_comma", "length_constraints:number_words"],
            "kwargs": [{}, {"num_words": 3, "relation": "at least"}]},
-          {"key": 1001, "prompt": "Name a colour in capitals.", "instruction_id_list": ["change_case:english_capital"], "kwargs": [{}]}]
+          {"key": 1001, "prompt": "Name a colour in capitals.", "instruction_id_list": ["change_case:english_capital"],
+           "kwargs": [{}]}]
 PIQA = [{"goal": "Cool the soup.", "sol1": "Blow on it.", "sol2": "Boil it once more for an hour or so."},
         {"goal": "Open a jar.", "sol1": "Hit it with the sea.", "sol2": "Turn the lid."}]
 LABELS = [0, 1]
 CONTEXT = "Context: The ferry left early and the family stayed on the quay."
 SUPER_NI = [{"id": "a-1", "input": f"{CONTEXT}\nQuestion: Why did they stay?", "output": "The ferry had left."},
             {"id": "a-2", "input": f"{CONTEXT}\nQuestion: How did they feel?", "output": "Sad."},
-            {"id": "a-3", "input": "Context: The dog of the farmer slept all day long in the sun.\nQuestion: Who slept?", "output": "The dog."}]
+            {"id": "a-3", "input": "Context: The dog of the farmer slept all day long in the sun.\nQuestion: Who slept?",
+             "output": "The dog."}]
 DEFINITION = "Answer the question about the context."
 PUBLISHED = {"Definition": ["Say the", "next number."], "Positive Examples": [{"input": "1", "output": "2", "explanation": ""},
                                                                             {"input": "5", "output": "6", "explanation": ""}],

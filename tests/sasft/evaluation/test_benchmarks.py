@@ -1,4 +1,4 @@
-"""Every suite from small files of the public sets' shape: prompts, gold, clusters, worked examples; what is wrong with files; the hub."""
+"""Every suite from small files of the public sets' shape: prompts, gold, clusters, worked examples; faulty files; the hub."""
 
 import json
 import os
@@ -17,7 +17,8 @@ from sasft.evaluation.suites import Suite
 from tests.sasft import tiny_chat
 from tests.sasft.evaluation import small_sets
 
-NAMES = ["gsm8k", "mmlu", "agieval:aqua-rat", "agieval:sat-math", "agieval:math", "piqa", "ifeval", "super_ni:task007", "super_ni:task008",
+NAMES = ["gsm8k", "mmlu", "agieval:aqua-rat", "agieval:sat-math", "agieval:math", "piqa", "ifeval", "super_ni:task007",
+         "super_ni:task008",
          "medquad", "meqsum", "medtext"]
 
 
@@ -44,9 +45,10 @@ def test_every_benchmark_is_read_from_a_folder(make) -> None:
 
 def test_gsm8k(make) -> None:
     suite = make("gsm8k")
-    assert said(suite, 0) == ["Ann has 3 apples and buys 4. How many has she?\n\nWork it out step by step. End with a line that holds #### and "
-                              "the answer as a plain number."]
-    assert suite.check(suite.items[0], "3 + 4 = 7\n#### 7") == {"strict": 1, "flexible": 1} and suite.metrics == ("flexible", "strict")
+    assert said(suite, 0) == ["Ann has 3 apples and buys 4. How many has she?\n\nWork it out step by step. End with a line that "
+                              "holds #### and the answer as a plain number."]
+    assert suite.check(suite.items[0], "3 + 4 = 7\n#### 7") == {"strict": 1, "flexible": 1}
+    assert suite.metrics == ("flexible", "strict")
     shown = make("gsm8k@2")
     assert said(shown, 1) == ["Question: Tom reads 5 pages a day. How many in 3 days?\nAnswer:", "5 * 3 = 15\n#### 15",
                               "Question: Ann has 3 apples and buys 4. How many  has she?\nAnswer:", "Seven.\n#### 7",
@@ -54,7 +56,8 @@ def test_gsm8k(make) -> None:
     # The item's own question is among the training rows, and is not shown.
     assert said(shown, 0)[2] == "Question: Li has 9 pens and loses 2. How many are left?\nAnswer:"
     assert shown.source["shots"]["file"] == "gsm8k/train.jsonl"
-    with pytest.raises(UsageError, match="asks for 3 shots, but there are 2 examples to show beside the question 'Question: Ann has"):
+    with pytest.raises(UsageError,
+                       match="asks for 3 shots, but there are 2 examples to show beside the question 'Question: Ann has"):
         make("gsm8k@3")
     with pytest.raises(UsageError, match="has no parts"):
         make("gsm8k:train")
@@ -91,7 +94,8 @@ def test_agieval(make) -> None:
     mathematics = make("agieval:math")
     assert mathematics.check(mathematics.items[0], r"\boxed{\dfrac12}")["formula"] == 0
     assert mathematics.check(mathematics.items[0], r"\boxed{\dfrac{1}{2}}")["formula"] == 1
-    for spec, told in (("agieval", "needs one of its parts"), ("agieval:lsat", "needs one of its parts"), ("agieval:math@1", "no worked examples"),
+    for spec, told in (("agieval", "needs one of its parts"), ("agieval:lsat", "needs one of its parts"),
+                       ("agieval:math@1", "no worked examples"),
                        ("agieval:sat-math@3", "asks for 3 shots, but there are 2")):
         with pytest.raises(UsageError, match=told):
             make(spec)
@@ -119,7 +123,8 @@ def test_ifeval(make) -> None:
     assert [i.id for i in suite.items] == ["1000", "1001"] and said(suite, 1) == ["Name a colour in capitals."]
     assert suite.check(suite.items[0], "two words, no") == {"prompt_strict": 0, "instruction_strict": (1, 2), "prompt_loose": 0,
                                                             "instruction_loose": (1, 2)}
-    assert suite.check(suite.items[0], "a, b\nthree words here") == {"prompt_strict": 0, "instruction_strict": (1, 2), "prompt_loose": 1,
+    assert suite.check(suite.items[0], "a, b\nthree words here") == {"prompt_strict": 0, "instruction_strict": (1, 2),
+                                                                     "prompt_loose": 1,
                                                                      "instruction_loose": (2, 2)}
 
 
@@ -127,7 +132,8 @@ def test_ifeval_as_a_table_has_it_with_every_option_in_every_row(tmp_path: Path,
     rows = [{**row, "kwargs": [{"num_words": None, "relation": None, "keyword": None, **options} for options in row["kwargs"]]}
             for row in small_sets.IFEVAL]
     small_sets.jsonl(tmp_path / "data/ifeval/input_data.jsonl", rows)
-    assert [i.gold for i in make("ifeval").items] == [list(zip(r["instruction_id_list"], r["kwargs"], strict=True)) for r in small_sets.IFEVAL]
+    assert [i.gold for i in make("ifeval").items] == [list(zip(r["instruction_id_list"], r["kwargs"], strict=True))
+                                                      for r in small_sets.IFEVAL]
 
 
 def test_an_instruction_without_a_checker_is_named_with_its_item(tmp_path: Path, make) -> None:
@@ -138,7 +144,8 @@ def test_an_instruction_without_a_checker_is_named_with_its_item(tmp_path: Path,
 
 def test_super_natural_instructions_in_both_shapes(make) -> None:
     suite = make("super_ni:task007@1")
-    assert said(suite, 1)[0] == f"{small_sets.DEFINITION}\n\nContext: It rains.\nQuestion: Is it dry?"  # t-0 asks the item's own question
+    # t-0 asks the item's own question.
+    assert said(suite, 1)[0] == f"{small_sets.DEFINITION}\n\nContext: It rains.\nQuestion: Is it dry?"
     assert said(suite, 0)[:2] == [f"{small_sets.DEFINITION}\n\n{small_sets.SUPER_NI[1]['input']}", "Sad."]
     assert said(suite, 0)[-1] == f"{small_sets.DEFINITION}\n\n{small_sets.SUPER_NI[0]['input']}"
     assert suite.items[0].cluster == suite.items[1].cluster != suite.items[2].cluster != ""
@@ -146,7 +153,8 @@ def test_super_natural_instructions_in_both_shapes(make) -> None:
     published = make("super_ni:task008_next_number@1")
     assert said(published, 0) == ["Say the next number.\n\n1", "2", "Say the next number.\n\n5"]
     assert published.items[0].gold == ["6", "six"] and published.check(published.items[0], "Six.")["exact_match"] == 1
-    for spec, told in (("super_ni", "needs a task, such as super_ni:task024; in the folder of data there are task007_on_the_quay, task008"),
+    for spec, told in (("super_ni",
+                        "needs a task, such as super_ni:task024; in the folder of data there are task007_on_the_quay, task008"),
                        ("super_ni:task007@3", "asks for 3 shots")):
         with pytest.raises(UsageError, match=told):
             make(spec)
@@ -166,12 +174,16 @@ def test_a_held_out_tenth_is_a_tenth() -> None:
 
 
 @pytest.mark.parametrize(("file", "rows", "spec", "told"), [
-    ("gsm8k/test.jsonl", [{"question": "?", "result": 3}], "gsm8k", "row 1: columns answer are missing; found question, result, needed question"),
+    ("gsm8k/test.jsonl", [{"question": "?", "result": 3}], "gsm8k",
+     "row 1: columns answer are missing; found question, result, needed question"),
     ("gsm8k/test.jsonl", [], "gsm8k", "has no rows; rows with the fields question, answer are needed"),
-    ("mmlu/test.jsonl", [{**small_sets.MMLU["test"][0], "answer": "B"}], "mmlu", "answer must be the index of one of the 4 choices, got 'B'"),
+    ("mmlu/test.jsonl", [{**small_sets.MMLU["test"][0], "answer": "B"}], "mmlu",
+     "answer must be the index of one of the 4 choices, got 'B'"),
     ("mmlu/test.jsonl", [{**small_sets.MMLU["test"][0], "answer": 4}], "mmlu", "got 4"),
-    ("agieval/aqua-rat.jsonl", [{**small_sets.AGIEVAL["aqua-rat"][0], "label": "F"}], "agieval:aqua-rat", "one of its 5 options, got 'F'"),
-    ("medtext/medtext.jsonl", [{"question": "?", "answer": "!"}], "medtext", "none of its 1 questions falls into the held-out tenth")])
+    ("agieval/aqua-rat.jsonl", [{**small_sets.AGIEVAL["aqua-rat"][0], "label": "F"}], "agieval:aqua-rat",
+     "one of its 5 options, got 'F'"),
+    ("medtext/medtext.jsonl", [{"question": "?", "answer": "!"}], "medtext",
+     "none of its 1 questions falls into the held-out tenth")])
 def test_files_of_another_shape(tmp_path: Path, make, file: str, rows: list[dict], spec: str, told: str) -> None:
     small_sets.jsonl(tmp_path / "data" / file, rows)
     with pytest.raises(UsageError, match=told):
@@ -230,14 +242,18 @@ def test_the_hubs_rows_give_the_same_suites_as_files(tmp_path: Path, make, hub: 
         ("hails/agieval-aqua-rat", None, "test"): aqua,
         ("hails/agieval-math", None, "test"): [{"query": f"Q: {r['question']}\nA: The answer is", "answer": r["answer"]}
                                                for r in small_sets.AGIEVAL["math"]],
-        ("google/IFEval", None, "train"): [{**r, "kwargs": [{"num_words": None, **k} for k in r["kwargs"]]} for r in small_sets.IFEVAL],
-        ("baber/piqa", None, "validation"): [{**r, "label": label} for r, label in zip(small_sets.PIQA, small_sets.LABELS, strict=True)],
+        ("google/IFEval", None, "train"): [{**r, "kwargs": [{"num_words": None, **k} for k in r["kwargs"]]}
+                                           for r in small_sets.IFEVAL],
+        ("baber/piqa", None, "validation"): [{**r, "label": label}
+                                             for r, label in zip(small_sets.PIQA, small_sets.LABELS, strict=True)],
         ("Muennighoff/natural-instructions", None, "train+test"): [
             {"task_name": task, "id": r["id"], "definition": small_sets.DEFINITION, "inputs": r["input"], "targets": r["output"]}
             for task in ("task007_on_the_quay", "task0070_another") for r in small_sets.SUPER_NI],
-        ("keivalya/MedQuad-MedicalQnADataset", None, "train"): [{"Question": r["question"], "Answer": r["answer"]} for r in small_sets.MEDICAL],
+        ("keivalya/MedQuad-MedicalQnADataset", None, "train"): [{"Question": r["question"], "Answer": r["answer"]}
+                                                                for r in small_sets.MEDICAL],
         ("BI55/MedText", None, "train"): [{"Prompt": r["question"], "Completion": r["answer"]} for r in small_sets.MEDICAL]}
-    for spec in ("gsm8k@2", "mmlu@1", "agieval:aqua-rat@1", "agieval:math", "ifeval", "piqa", "super_ni:task007", "medquad", "medtext"):
+    for spec in ("gsm8k@2", "mmlu@1", "agieval:aqua-rat@1", "agieval:math", "ifeval", "piqa", "super_ni:task007", "medquad",
+                 "medtext"):
         mine, theirs = make(spec), from_hub(spec)
         assert [(i.id, i.prompt, i.gold, i.choices, i.cluster) for i in theirs.items] == [
             (i.id, i.prompt, i.gold, i.choices, i.cluster) for i in mine.items], spec
@@ -248,7 +264,8 @@ def test_the_hubs_rows_give_the_same_suites_as_files(tmp_path: Path, make, hub: 
 
 
 def test_several_references_of_one_instance_come_together(hub: Hub) -> None:
-    rows = [{"task_name": "task008_next_number", "id": "b-1", "definition": "Say it.", "inputs": "5", "targets": target} for target in ("6", "six")]
+    rows = [{"task_name": "task008_next_number", "id": "b-1", "definition": "Say it.", "inputs": "5", "targets": target}
+            for target in ("6", "six")]
     hub.tables["Muennighoff/natural-instructions", None, "train+test"] = rows
     [item] = from_hub("super_ni:task008").items
     assert item.gold == ["6", "six"]
@@ -257,13 +274,16 @@ def test_several_references_of_one_instance_come_together(hub: Hub) -> None:
 def test_sets_that_are_missing_are_named_all_at_once(tmp_path: Path, hub: Hub) -> None:
     tiny_chat.save_chatty(tmp_path / "model")
     with pytest.raises(UsageError) as caught:
-        evaluate(tiny_chat.chatty(), tiny_chat.tokenizer(), ["gsm8k", "instructions", "ifeval", "meqsum"], tmp_path / "out", progress=False)
+        evaluate(tiny_chat.chatty(), tiny_chat.tokenizer(), ["gsm8k", "instructions", "ifeval", "meqsum"], tmp_path / "out",
+                 progress=False)
     first, second, third = str(caught.value).splitlines()
-    assert first == ("GSM8K (test) is missing: there is no file gsm8k/test.jsonl in a folder of data (which the setting data names, or the "
-                     f"environment variable {FOLDER_VARIABLE}), and openai/gsm8k (configuration main, split test, revision "
-                     "cc7b047b6e5bb11b4f1af84efc572db110a51b3c) can't be read from the hub (ConnectionError: no route to openai/gsm8k). Get it from "
-                     "https://github.com/openai/grade-school-math (one JSON object a line; the fields needed are question, answer)")
-    assert second.startswith("IFEval is missing: there is no file ifeval/input_data.jsonl") and "google/IFEval (split train, revision" in second
+    assert first == (
+        "GSM8K (test) is missing: there is no file gsm8k/test.jsonl in a folder of data (which the setting data names, or the "
+        f"environment variable {FOLDER_VARIABLE}), and openai/gsm8k (configuration main, split test, revision "
+        "cc7b047b6e5bb11b4f1af84efc572db110a51b3c) can't be read from the hub (ConnectionError: no route to openai/gsm8k). Get it "
+        "from https://github.com/openai/grade-school-math (one JSON object a line; the fields needed are question, answer)")
+    assert second.startswith("IFEval is missing: there is no file ifeval/input_data.jsonl")
+    assert "google/IFEval (split train, revision" in second
     assert third.startswith("MeQSum is missing") and "not on the hub in a shape that is known here" in third
     assert not (tmp_path / "out").exists()
 
@@ -289,7 +309,8 @@ DATA = os.environ.get(FOLDER_VARIABLE)
 
 
 @pytest.mark.skipif(not DATA, reason=f"{FOLDER_VARIABLE} names no folder of public sets")
-@pytest.mark.parametrize(("spec", "n"), [("gsm8k@5", 1319), ("mmlu@5", 14042), ("agieval:aqua-rat@3", 254), ("agieval:sat-math@3", 220),
+@pytest.mark.parametrize(("spec", "n"), [("gsm8k@5", 1319), ("mmlu@5", 14042), ("agieval:aqua-rat@3", 254),
+                                         ("agieval:sat-math@3", 220),
                                          ("agieval:math", 1000), ("ifeval", 541), ("piqa", 1838), ("super_ni:task024@2", 500),
                                          ("super_ni:task346", 500)])
 def test_the_real_sets(spec: str, n: int) -> None:

@@ -11,10 +11,12 @@ from scipy.stats import binomtest, t
 
 from sasft.errors import UsageError
 from sasft.evaluation import curve, drop_at, figure, forgetting, gain_drop
+from sasft.evaluation.forgetting import compared
 from sasft.evaluation.intervals import Estimate, average, chance_adjusted, mcnemar, mean, ratio_parts
 
 
-def write(folder: Path, suite: str, scores: Sequence[float | tuple[float, float]], metric: str = "acc", **fields: Sequence) -> Path:
+def write(folder: Path, suite: str, scores: Sequence[float | tuple[float, float]], metric: str = "acc",
+          **fields: Sequence) -> Path:
     """An evaluation's folder with one record a score; ``fields`` have a value for each."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "items.jsonl").open("a") as file:
@@ -34,7 +36,8 @@ def test_flips_by_hand(tmp_path: Path) -> None:
     found = forgetting(before, after, "s")
     assert (found.metric, found.n, found.seeds, found.before, found.after) == ("acc", 6, 1, pytest.approx(4 / 6), 0.5)
     assert (found.lost, found.gained, found.lost_unfinished) == pytest.approx((2 / 6, 1 / 6, 2 / 6))
-    assert found.change == pytest.approx(-1 / 6) == pytest.approx(found.gained - found.lost) and found.drop == pytest.approx(1 / 6)
+    assert found.change == pytest.approx(-1 / 6) == pytest.approx(found.gained - found.lost)
+    assert found.drop == pytest.approx(1 / 6)
     assert found.choices is None and (found.lost_adjusted, found.gained_adjusted) == pytest.approx((2 / 6, 1 / 6))
     assert found.p_values == (pytest.approx(binomtest(2, 3).pvalue),)
     # The paired interval is Student's for the mean of the six differences.
@@ -156,7 +159,8 @@ def test_variances_are_those_of_the_paired_bootstrap() -> None:
     assert (high - low) / 2 == pytest.approx(t.ppf(0.975, freedom) * math.sqrt(v_s + v_i))
 
 
-def covered(draw: Callable[[np.random.Generator], tuple[np.ndarray, np.ndarray, Sequence[str]]], truth: float, runs: int = 600) -> float:
+def covered(draw: Callable[[np.random.Generator], tuple[np.ndarray, np.ndarray, Sequence[str]]], truth: float,
+            runs: int = 600) -> float:
     """The share of simulated studies whose 95 % interval holds the truth."""
     rng = np.random.default_rng(11)
     hits = 0
@@ -196,31 +200,32 @@ def in_passages(named: bool) -> Callable:
 
 
 def test_intervals_cover() -> None:
-    """95 % ± three standard errors of 600 simulations; a little wide under seeds, whose own noise counts twice."""
+    """95 % ± three standard errors of 600 simulations; two seeds are too few for Satterthwaite's freedom."""
+    assert 0.87 < covered(under_seeds(2), -0.5) < 0.98
     assert 0.92 < covered(right_or_wrong, -0.11) < 0.98
-    assert 0.92 < covered(under_seeds(3), -0.5) < 0.995
-    assert 0.92 < covered(under_seeds(10), -0.5) < 0.99
+    assert 0.92 < covered(under_seeds(3), -0.5) < 0.98
+    assert 0.92 < covered(under_seeds(10), -0.5) < 0.98
     assert 0.92 < covered(in_passages(named=True), -0.32) < 0.98  # 0.3 · 0.95 + 0.7 · 0.05
     assert covered(in_passages(named=False), -0.32) < 0.75
 
 
-def test_the_share_lost_and_what_of_it_is_beyond_chance_cover(tmp_path: Path) -> None:
+def test_the_share_lost_and_what_of_it_is_beyond_chance_cover() -> None:
     """k = 4: 150 items, half known before; of these 30 % unlearned; the rest guessed. Runs that hold the true values."""
     rng = np.random.default_rng(2)
     truth_lost = 0.5 * 0.3 * 0.75 + 0.5 * 0.25 * 0.75
     a, b = 0.5 + 0.5 * 0.25, 0.35 + 0.65 * 0.25
     hits = np.zeros(2)
-    for run in range(120):
+    for _ in range(200):
         known = rng.random(150) < 0.5
         before = known | (rng.random(150) < 0.25)
         after = (known & (rng.random(150) > 0.3)) | (rng.random(150) < 0.25)
-        folders = [write(tmp_path / f"{run}{side}", "s", x.astype(float).tolist(), choices=[4] * 150) for side, x in
-                   (("b", before), ("a", after))]
-        found = forgetting(*folders, "s")
+        records = ([{"id": str(i), "prompt_sha256": "", "scores": {"acc": (float(s), 1.0)}, "choices": 4} for i, s in enumerate(x)]
+                   for x in (before, after))
+        found, _ = compared(*([one] for one in records), "s")
         for i, (interval, truth) in enumerate(((found.lost_interval, truth_lost),
                                                (found.lost_adjusted_interval, truth_lost - (1 - a) * (1 - b) / 3))):
             hits[i] += interval[0] <= truth <= interval[1]
-    assert (hits / 120 > 0.89).all() and (hits < 120).all()
+    assert (hits / 200 > 0.90).all() and (hits < 200).all()
 
 
 def test_the_interval_of_what_is_beyond_chance_is_the_bootstraps(tmp_path: Path) -> None:
@@ -228,7 +233,8 @@ def test_the_interval_of_what_is_beyond_chance_is_the_bootstraps(tmp_path: Path)
     n, k = 300, 3
     before = rng.random(n) < 0.6
     after = np.where(before, rng.random(n) < 0.6, rng.random(n) < 0.2)
-    found = forgetting(*(write(tmp_path / name, "s", x.astype(float).tolist(), choices=[k] * n) for name, x in (("b", before), ("a", after))), "s")
+    found = forgetting(*(write(tmp_path / name, "s", x.astype(float).tolist(), choices=[k] * n)
+                         for name, x in (("b", before), ("a", after))), "s")
     shares = rng.multinomial(n, [1 / n] * n, size=4000) @ np.stack([before & ~after, before, after], 1) / n
     drawn = shares[:, 0] - (1 - shares[:, 1]) * (1 - shares[:, 2]) / (k - 1)
     low, high = found.lost_adjusted_interval
@@ -253,8 +259,10 @@ def study(tmp_path: Path) -> list[dict]:
         return write(folder, "nll", nll, metric="nll/model")
 
     base = run("base", [0, 0, 0, 1], [1, 1, 1, 1], [1.0, 2.0, 3.0, 4.0])
-    mild = [run("mild0", [0, 0, 1, 1], [1, 1, 1, 0], [1.0, 2.0, 3.0, 4.4]), run("mild1", [0, 1, 1, 1], [1, 1, 1, 1], [1.0, 2.0, 3.0, 4.4])]
-    hard = [run("hard0", [1, 1, 1, 1], [0, 0, 1, 1], [1.8, 2.0, 3.0, 5.0]), run("hard1", [1, 1, 1, 1], [0, 0, 0, 1], [2.0, 2.0, 3.0, 5.0])]
+    mild = [run("mild0", [0, 0, 1, 1], [1, 1, 1, 0], [1.0, 2.0, 3.0, 4.4]),
+            run("mild1", [0, 1, 1, 1], [1, 1, 1, 1], [1.0, 2.0, 3.0, 4.4])]
+    hard = [run("hard0", [1, 1, 1, 1], [0, 0, 1, 1], [1.8, 2.0, 3.0, 5.0]),
+            run("hard1", [1, 1, 1, 1], [0, 0, 0, 1], [2.0, 2.0, 3.0, 5.0])]
     self_data = [run("self", [1, 1, 0, 1], [1, 1, 1, 1], [1.0, 2.0, 3.0, 4.0])]
     return gain_drop(base, {"sft": {1e-5: mild, 1e-4: hard}, "sa-sft": self_data}, "task", ["one", ("nll", "nll/model")])
 
@@ -294,7 +302,8 @@ def test_a_mean_drop_of_different_items_is_surer_than_one_of_the_same() -> None:
 def test_the_curve_and_the_drop_at_one_gain(tmp_path: Path) -> None:
     points = curve(study(tmp_path))
     assert [(p["method"], p["setting"]) for p in points] == [("sft", 1e-5), ("sft", 1e-4), ("sa-sft", None)]
-    assert np.array([(p["gain"], p["drop"]) for p in points]) == pytest.approx(np.array([(0.375, 0.1125), (0.75, 0.55), (0.5, 0.0)]))
+    expected = np.array([(0.375, 0.1125), (0.75, 0.55), (0.5, 0.0)])
+    assert np.array([(p["gain"], p["drop"]) for p in points]) == pytest.approx(expected)
     assert all(p["drop_low"] <= p["drop"] <= p["drop_high"] and p["gain_low"] <= p["gain"] <= p["gain_high"] for p in points)
     at = drop_at(points, 0.5)
     assert at == {"sft": pytest.approx(0.1125 + (0.55 - 0.1125) / 3), "sa-sft": pytest.approx(0.0)}

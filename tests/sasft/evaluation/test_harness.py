@@ -31,7 +31,8 @@ class FakeLmEval:
         package.__version__, package.simple_evaluate = "0.4.13", self.simple_evaluate
         monkeypatch.setitem(sys.modules, "lm_eval", package)
         monkeypatch.setitem(sys.modules, "lm_eval.models.huggingface", SimpleNamespace(HFLM=self.hflm))
-        monkeypatch.setitem(sys.modules, "lm_eval.tasks", SimpleNamespace(TaskManager=lambda include_path: ("manager", include_path)))
+        monkeypatch.setitem(sys.modules, "lm_eval.tasks",
+                            SimpleNamespace(TaskManager=lambda include_path: ("manager", include_path)))
         return self
 
     def hflm(self, **kwargs):
@@ -63,10 +64,13 @@ def ran(out: Path, spec: str = "lm_eval:a_task", **settings) -> dict:
 
 
 def test_what_lm_eval_is_asked(fake: FakeLmEval, tmp_path: Path) -> None:
-    summary = ran(tmp_path, "lm_eval:a_task@2", limit=3, seed=5, batch_size=7, task_folder="tasks", precision="bf16", max_new_tokens=9, temperature=0.5)
+    summary = ran(tmp_path, "lm_eval:a_task@2", limit=3, seed=5, batch_size=7, task_folder="tasks", precision="bf16",
+                  max_new_tokens=9, temperature=0.5)
     [call] = fake.calls
-    assert call == {"model": "wrapped", "tasks": ["a_task"], "num_fewshot": 2, "limit": 3, "log_samples": True, "task_manager": ("manager", "tasks"),
-                    "apply_chat_template": True, "fewshot_as_multiturn": True, "random_seed": 5, "numpy_random_seed": 5, "torch_random_seed": 5,
+    assert call == {"model": "wrapped", "tasks": ["a_task"], "num_fewshot": 2, "limit": 3, "log_samples": True,
+                    "task_manager": ("manager", "tasks"),
+                    "apply_chat_template": True, "fewshot_as_multiturn": True, "random_seed": 5, "numpy_random_seed": 5,
+                    "torch_random_seed": 5,
                     "fewshot_random_seed": 5, "gen_kwargs": {"max_gen_toks": 9, "do_sample": True, "temperature": 0.5}}
     assert fake.wrapped["batch_size"] == 7 and fake.wrapped["mixed_precision_dtype"] == "bfloat16"
     suite = summary["suites"]["lm_eval:a_task@2"]
@@ -117,7 +121,8 @@ def test_a_task_that_was_cut_while_it_was_written_is_run_again(fake: FakeLmEval,
 def test_records_of_several_filters_metrics_and_tasks() -> None:
     records = harness_records({
         "gsm8k": [sample(0, 0.0, "exact_match", "strict-match"), sample(0, np.float32(1), "exact_match", "flexible-extract")],
-        "ifeval": [{**sample(0, np.bool_(True), "prompt_level_strict_acc"), "metrics": ["prompt_level_strict_acc", "inst_level_strict_acc"],
+        "ifeval": [{**sample(0, np.bool_(True), "prompt_level_strict_acc"),
+                    "metrics": ["prompt_level_strict_acc", "inst_level_strict_acc"],
                     "inst_level_strict_acc": [True, False, True]}],
         "text": [sample(0, (-3.5, 7), "word_perplexity")]})
     assert [(r["id"], r["group"], r["prompt_sha256"], r["scores"]) for r in records] == [
@@ -185,7 +190,8 @@ generation_kwargs: {until: ["<|im_end|>"], do_sample: false, max_gen_toks: 6}
 metric_list: [{metric: exact_match}]
 metadata: {version: 2}
 """
-ROWS = [{"question": f"Which is {i}?", "choices": ["one", "the second of them", "c"], "gold": i % 3, "answer": "a"} for i in range(6)]
+ROWS = [{"question": f"Which is {i}?", "choices": ["one", "the second of them", "c"], "gold": i % 3, "answer": "a"}
+        for i in range(6)]
 
 
 @pytest.fixture
@@ -206,7 +212,8 @@ def test_the_real_lm_eval_scores_choices_as_we_do(tasks: Path, tmp_path: Path) -
     """By the accuracies that its sums of log-likelihoods give. It counts the blanks at the end of the prompt, here the template's
     line break, to the continuation, which changes no accuracy but that by length."""
     model, tokenizer = tiny_chat.chatty(), tiny_chat.tokenizer()
-    summary = evaluate(model, tokenizer, ["lm_eval:tiny_choice"], tmp_path / "out", MeasureSettings(task_folder=str(tasks), limit=5), progress=False)
+    summary = evaluate(model, tokenizer, ["lm_eval:tiny_choice"], tmp_path / "out",
+                       MeasureSettings(task_folder=str(tasks), limit=5), progress=False)
     found = summary["suites"]["lm_eval:tiny_choice"]
     assert found["source"]["task_versions"] == {"tiny_choice": 7} and found["n"] == 5
     results = found["source"]["results"]["tiny_choice"]
@@ -214,7 +221,8 @@ def test_the_real_lm_eval_scores_choices_as_we_do(tasks: Path, tmp_path: Path) -
         assert found["scores"][f"{metric},none"]["score"] == pytest.approx(results[f"{metric},none"])
         assert found["scores"][f"{metric},none"]["stderr"] == pytest.approx(results[f"{metric}_stderr,none"])
     for record, row in zip(read_records(tmp_path / "out", "lm_eval:tiny_choice"), ROWS, strict=False):
-        text = tokenizer.apply_chat_template([{"role": "user", "content": f"Question: {row['question']}\nAnswer:"}], tokenize=False,
+        text = tokenizer.apply_chat_template([{"role": "user", "content": f"Question: {row['question']}\nAnswer:"}],
+                                             tokenize=False,
                                              add_generation_prompt=True)
         sums = []
         for choice in row["choices"]:
@@ -230,7 +238,8 @@ def test_the_real_lm_eval_scores_choices_as_we_do(tasks: Path, tmp_path: Path) -
 def test_the_real_lm_eval_writes_answers(tasks: Path, tmp_path: Path) -> None:
     summary = ran(tmp_path / "out", "lm_eval:tiny_written@0", task_folder=str(tasks), max_new_tokens=3)
     found = summary["suites"]["lm_eval:tiny_written@0"]
-    assert found["n"] == 6 and found["scores"]["exact_match,none"]["score"] == found["source"]["results"]["tiny_written"]["exact_match,none"]
+    results = found["source"]["results"]["tiny_written"]
+    assert found["n"] == 6 and found["scores"]["exact_match,none"]["score"] == results["exact_match,none"]
 
 
 def test_the_real_lm_eval_has_no_such_task(tasks: Path, tmp_path: Path) -> None:

@@ -108,7 +108,8 @@ def test_choices_are_scored_where_the_assistants_turn_begins() -> None:
     prompt = chat.tokenizer(text).input_ids
     expected = [one_by_one(model, prompt, chat.tokenizer(choice).input_ids) for choice in item.choices]
     assert record["logprobs"] == pytest.approx(expected, abs=1e-10)
-    assert record["scores"]["nll"][0] == pytest.approx(-expected[2]) and record["choice"] == item.choices[max(range(3), key=expected.__getitem__)]
+    assert record["scores"]["nll"][0] == pytest.approx(-expected[2])
+    assert record["choice"] == item.choices[expected.index(max(expected))]
 
 
 def predicted() -> Predicted:
@@ -165,7 +166,8 @@ def test_greedy_answers_token_by_token(batch_size: int) -> None:
              for answer in subject.answers(prompts[i : i + batch_size], [("s", str(j)) for j in range(i, i + batch_size)], 12)]
     for prompt, answer in zip(prompts, found, strict=True):
         ids, finished = greedily(model, prompt, chat.end_of_turn, 12)
-        assert (answer.text, answer.finished, answer.tokens) == (chat.tokenizer.decode(ids).strip(), finished, len(ids) + finished)
+        expected = chat.tokenizer.decode(ids).strip(), finished, len(ids) + finished
+        assert (answer.text, answer.finished, answer.tokens) == expected
 
 
 def test_an_answers_draws_hang_on_its_name_alone() -> None:

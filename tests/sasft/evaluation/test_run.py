@@ -24,7 +24,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Data, rows, and a whole evaluation."""
     made = tmp_path_factory.mktemp("evaluation")
     small_sets.write(made / "data")
-    small_sets.jsonl(made / "rows.jsonl", [{"prompt": f"Say {word}.", "response": f"{word}!"} for word in ("yes", "no", "perhaps")])
+    small_sets.jsonl(made / "rows.jsonl",
+                     [{"prompt": f"Say {word}.", "response": f"{word}!"} for word in ("yes", "no", "perhaps")])
     ran(made, "whole")
     return made
 
@@ -34,7 +35,8 @@ def ran(folder: Path, out: str, suites: list[str] | None = None, seed: int = 0, 
     model.config.max_position_embeddings = 2048
     named = [name.replace("rows.jsonl", str(folder / "rows.jsonl")) for name in suites or SUITES]
     return evaluate(model, tokenizer, named, folder / out,
-                    MeasureSettings(**{"data": str(folder / "data"), "limit": 4, "max_new_tokens": 4, "batch_size": 3, **settings}), progress=False)
+                    MeasureSettings(**{"data": str(folder / "data"), "limit": 4, "max_new_tokens": 4, "batch_size": 3,
+                                       **settings}), progress=False)
 
 
 def records(folder: Path, out: str) -> list[dict]:
@@ -45,7 +47,8 @@ def test_what_an_evaluation_writes(folder: Path) -> None:
     summary = json.loads((folder / "whole/summary.json").read_text())
     assert [name.partition(":")[0] for name in summary["suites"]] == [name.partition(":")[0] for name in SUITES]
     assert summary["identity"] == json.loads((folder / "whole/config.json").read_text())
-    assert summary["identity"]["versions"]["sasft"] == version("sasft") and summary["identity"]["versions"]["torch"] == torch.__version__
+    versions = summary["identity"]["versions"]
+    assert (versions["sasft"], versions["torch"]) == (version("sasft"), torch.__version__)
     for name, suite in summary["suites"].items():
         assert all(score["stderr"] is not None for score in suite["scores"].values()), name
         assert suite["source"] and len(suite["prompts_sha256"]) == 64
@@ -55,15 +58,17 @@ def test_what_an_evaluation_writes(folder: Path) -> None:
 
 
 def test_the_hash_of_a_prompt_is_of_the_tokens_that_the_model_is_shown(folder: Path) -> None:
-    text = f"<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nQuestion: {small_sets.PIQA[0]['goal']}\nAnswer:<|im_end|>\n<|im_start|>assistant\n"
+    text = ("<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nQuestion: Cool the soup.\nAnswer:<|im_end|>\n"
+            "<|im_start|>assistant\n")
     ids = tiny_chat.tokenizer()(text).input_ids
     told = hashlib.sha256(" ".join(map(str, ids)).encode()).hexdigest()
     assert {r["id"]: r["prompt_sha256"] for r in read_records(folder / "whole", "piqa")}["0"] == told
 
 
 def test_a_stopped_evaluation_goes_on_to_the_same_results(folder: Path) -> None:
-    whole, lines = json.loads((folder / "whole/summary.json").read_text()), (folder / "whole/items.jsonl").read_bytes().splitlines(keepends=True)
-    for kept in (0, 1, 5, 9, len(lines)):
+    whole = json.loads((folder / "whole/summary.json").read_text())
+    lines = (folder / "whole/items.jsonl").read_bytes().splitlines(keepends=True)
+    for kept in (0, 5, 13, len(lines)):
         shutil.rmtree(folder / "cut", ignore_errors=True)
         (folder / "cut").mkdir()
         shutil.copy(folder / "whole/config.json", folder / "cut")
@@ -80,7 +85,8 @@ def test_what_is_done_is_not_done_again(folder: Path, monkeypatch: pytest.Monkey
 
 
 def test_another_run_is_refused(folder: Path) -> None:
-    for other, told in (({"seed": 1}, "weights_sha256"), ({"max_new_tokens": 5}, "max_new_tokens is 4, now 5"), ({"temperature": 0.5}, "temperature"),
+    for other, told in (({"seed": 1}, "weights_sha256"), ({"max_new_tokens": 5}, "max_new_tokens is 4, now 5"),
+                        ({"temperature": 0.5}, "temperature"),
                         ({"precision": "bf16"}, "precision is 'fp32', now 'bf16'")):
         with pytest.raises(UsageError, match=f"holds another run .*{told}"):
             ran(folder, "whole", ["task:sums"], **other)
@@ -100,7 +106,8 @@ def test_other_prompts_or_reference_answers_are_refused(folder: Path, tmp_path: 
 def test_suites_join_those_that_are_there(folder: Path) -> None:
     first = ran(folder, "joined", ["piqa"])
     both = ran(folder, "joined", ["task:sums"])
-    assert list(both["suites"]) == ["piqa", "task:sums"] and both["suites"]["piqa"] == json.loads(json.dumps(first["suites"]["piqa"]))
+    assert list(both["suites"]) == ["piqa", "task:sums"]
+    assert both["suites"]["piqa"] == json.loads(json.dumps(first["suites"]["piqa"]))
 
 
 def test_limits_are_nested_and_the_same_in_every_run(folder: Path) -> None:
@@ -124,7 +131,8 @@ def test_scores_do_not_depend_on_the_batch(folder: Path) -> None:
 
 
 def test_sampled_answers_come_again(folder: Path) -> None:
-    first, again = (ran(folder, f"sampled{i}", ["instructions"], temperature=1.0, max_new_tokens=12, batch_size=i + 1) for i in range(2))
+    first, again = (ran(folder, f"sampled{i}", ["instructions"], temperature=1.0, max_new_tokens=12, batch_size=i + 1)
+                    for i in range(2))
     assert [r["answer"] for r in read_records(folder / "sampled0", "instructions")] and first["suites"] == again["suites"]
     answers = [{r["id"]: r["answer"] for r in read_records(folder / f"sampled{i}", "instructions")} for i in range(2)]
     assert answers[0] == answers[1]
@@ -140,7 +148,8 @@ def test_another_model_forgets_and_gains(folder: Path) -> None:
 
 
 def test_divergences_from_a_base(folder: Path, tmp_path: Path) -> None:
-    found = evaluate(tiny_chat.chatty(1), tiny_chat.tokenizer(), [f"rows:{folder / 'rows.jsonl'}"], tmp_path, base=tiny_chat.chatty(0), progress=False)
+    found = evaluate(tiny_chat.chatty(1), tiny_chat.tokenizer(), [f"rows:{folder / 'rows.jsonl'}"], tmp_path,
+                     base=tiny_chat.chatty(0), progress=False)
     [suite] = found["suites"].values()
     assert suite["scores"]["kl/base_model"]["score"] > 0 and len(found["identity"]["base"]) == 64
     assert list(suite["scores"]) == ["nll/model", "kl/base_model", "kl/model_base", "entropy/base", "entropy/model", "nll/base"]
@@ -155,17 +164,20 @@ def test_questions_in_training_rows_are_told(folder: Path) -> None:
 
 @pytest.mark.parametrize(("suites", "told"), [
     ([], "suites is empty"), (["no such suite"], "there is no suite 'no such suite'; there are gsm8k, mmlu"),
-    (["piqa", "piqa"], "named twice: piqa"), (["text:x@2"], "no worked examples"), (["rows"], "needs a JSONL file of rows: rows:file.jsonl"),
+    (["piqa", "piqa"], "named twice: piqa"), (["text:x@2"], "no worked examples"),
+    (["rows"], "needs a JSONL file of rows: rows:file.jsonl"),
     (["text:/nowhere.txt"], "can't be read as UTF-8 text"), (["lm_eval"], "needs a task of lm-eval: lm_eval:hellaswag"),
     (["gsm8k:x"], "has no parts"), (["instructions@2"], "no worked examples to show; leave @2 out")])
 def test_suites_that_cannot_be_run(folder: Path, suites: list[str], told: str) -> None:
     with pytest.raises(UsageError, match=told):
-        evaluate(tiny_chat.chatty(), tiny_chat.tokenizer(), suites, folder / "refused", MeasureSettings(data=str(folder / "data")), progress=False)
+        evaluate(tiny_chat.chatty(), tiny_chat.tokenizer(), suites, folder / "refused",
+                 MeasureSettings(data=str(folder / "data")), progress=False)
     assert not (folder / "refused").exists()
 
 
 def own(items: list[Item]) -> Answered:
-    return Answered(name="own", items=items, metrics=("right",), max_new_tokens=3, check=lambda item, answer: {"right": float(item.gold in answer)})
+    return Answered(name="own", items=items, metrics=("right",), max_new_tokens=3,
+                    check=lambda item, answer: {"right": float(item.gold in answer)})
 
 
 def test_a_suite_of_ones_own(tmp_path: Path) -> None:
@@ -180,13 +192,15 @@ def test_a_suite_of_ones_own(tmp_path: Path) -> None:
 
 def test_a_prompt_that_the_model_cannot_take_is_told_before_any_work(tmp_path: Path) -> None:
     items = [Item(id="short", prompt=user("?"), gold="a"), Item(id="long", prompt=user("word " * 200), gold="a")]
-    with pytest.raises(UsageError, match="suite 'own': the prompt of item long has 10.. tokens, the model takes 512; show fewer worked"):
+    with pytest.raises(UsageError,
+                       match="suite 'own': the prompt of item long has 10.. tokens, the model takes 512; show fewer worked"):
         evaluate(tiny_chat.chatty(), tiny_chat.tokenizer(), ["task:sums", own(items)], tmp_path / "out", progress=False)
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(("settings", "told"), [
-    ({"limit": -1}, "limit must be at least 0"), ({"batch_size": 0}, "batch_size must be at least 1"), ({"temperature": -0.1}, "temperature"),
+    ({"limit": -1}, "limit must be at least 0"), ({"batch_size": 0}, "batch_size must be at least 1"),
+    ({"temperature": -0.1}, "temperature"),
     ({"max_new_tokens": -3}, "max_new_tokens"), ({"precision": "fp8"}, "precision must be .*'fp8'")])
 def test_settings_that_make_no_sense(settings: dict, told: str) -> None:
     with pytest.raises(UsageError, match=told):
@@ -195,7 +209,8 @@ def test_settings_that_make_no_sense(settings: dict, told: str) -> None:
 
 def test_from_a_models_folder(folder: Path, capsys: pytest.CaptureFixture) -> None:
     tiny_chat.save_chatty(folder / "model")
-    found = run(EvaluateSettings(model=str(folder / "model"), suites="piqa, mmlu:astronomy", out=str(folder / "run"), data=str(folder / "data")))
+    found = run(EvaluateSettings(model=str(folder / "model"), suites="piqa, mmlu:astronomy", out=str(folder / "run"),
+                                 data=str(folder / "data")))
     assert list(found["suites"]) == ["piqa", "mmlu:astronomy"]
     printed = capsys.readouterr().out
     assert printed.startswith(f"weights {found['identity']['weights_sha256'][:12]}") and "acc_norm" in printed

@@ -72,7 +72,8 @@ def test_exact_match_by_the_normalisation_of_natural_instructions(answer: str, r
     ("Half of 9 is 4.5", "4.5", 0, 1), ("#### .5", ".5", 1, 1),
     ("#### 72 clips", "72", 1, 1), ("The answer is **72**", "72", 0, 1)])
 def test_both_filters_of_gsm8k(answer: str, gold: str, strict: int, flexible: int) -> None:
-    assert gsm8k_scores(answer, f"She adds 3 + 4 = <<3+4=7>>7, not #### 5.\n#### {gold}") == {"strict": strict, "flexible": flexible}
+    found = gsm8k_scores(answer, f"She adds 3 + 4 = <<3+4=7>>7, not #### 5.\n#### {gold}")
+    assert found == {"strict": strict, "flexible": flexible}
 
 
 def test_gsm8k_as_lm_eval_scores_it() -> None:

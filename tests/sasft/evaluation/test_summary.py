@@ -36,16 +36,19 @@ def test_a_clusters_items_count_as_one() -> None:
 
 def test_clusters_reach_the_summary() -> None:
     scores, clusters = [1, 1, 0, 0, 1, 0], ["a", "a", "b", "b", "", ""]
-    found = summarise([record(i, s, **({"cluster": c} if c else {})) for i, (s, c) in enumerate(zip(scores, clusters, strict=True))], ["acc"])
+    records = [record(i, s, cluster=c) if c else record(i, s) for i, (s, c) in enumerate(zip(scores, clusters, strict=True))]
+    found = summarise(records, ["acc"])
     assert found["scores"]["acc"] == {"score": 0.5, "stderr": pytest.approx(math.sqrt(4 / 3 * 2.5) / 6), "n": 6, "clusters": 4}
     assert "clusters" not in summarise([record(i, s) for i, s in enumerate(scores)], ["acc"])["scores"]["acc"]
 
 
 def test_groups_and_their_plain_mean() -> None:
-    records = [record(i, s, group="big") for i, s in enumerate([1, 0, 1, 0])] + [record(i, s, group="small") for i, s in ((4, 1), (5, 0.5))]
+    records = [record(i, s, group="big") for i, s in enumerate([1, 0, 1, 0])]
+    records += [record(i, s, group="small") for i, s in ((4, 1), (5, 0.5))]
     found = summarise(records, ["acc"])
     big, small = math.sqrt(1 / 3 / 4), math.sqrt(0.125 / 2)
-    assert found["groups"] == {"big": {"score": 0.5, "stderr": pytest.approx(big), "n": 4}, "small": {"score": 0.75, "stderr": pytest.approx(small),
+    assert found["groups"] == {"big": {"score": 0.5, "stderr": pytest.approx(big), "n": 4},
+                               "small": {"score": 0.75, "stderr": pytest.approx(small),
                                                                                                     "n": 2}}
     assert found["macro"] == {"score": 0.625, "stderr": pytest.approx(math.sqrt(big**2 + small**2) / 2), "n": 2}
     assert found["scores"]["acc"]["score"] == pytest.approx(3.5 / 6)
@@ -88,8 +91,10 @@ def row(prompt: str, response: str) -> Row:
 
 def test_questions_found_in_training_rows() -> None:
     long = " ".join(f"w{i}" for i in range(20))
-    asked = {"whole": "What is 6 * 7?", "long": long, "response": "name the tallest known mountain", "short": "a b c", "absent": "What is 6 * 8?"}
-    rows = [row("Tell me: what is 6 * 7? Thanks", "42"), row(" ".join(f"W{i}," if i == 3 else f"w{i}" for i in range(4, 17)), "x"),
+    asked = {"whole": "What is 6 * 7?", "long": long, "response": "name the tallest known mountain", "short": "a b c",
+             "absent": "What is 6 * 8?"}
+    rows = [row("Tell me: what is 6 * 7? Thanks", "42"),
+            row(" ".join(f"W{i}," if i == 3 else f"w{i}" for i in range(4, 17)), "x"),
             row("q", "First, name the tallest known mountain."), row("a b c", "a b c")]
     assert contaminated(asked, rows) == ["whole", "long", "response"]
     # Twelve words in a row of a longer question are not enough, thirteen are.
@@ -102,7 +107,8 @@ def test_questions_found_in_training_rows() -> None:
 def test_the_table_says_what_the_scores_hang_on() -> None:
     answers = [record(i, s, answer="a", finished=i < 2, off_template=False, tokens=1) for i, s in enumerate([1, 0, 1])]
     summary = {"identity": {"weights_sha256": "a" * 64, "chat_template_sha256": "b" * 64, "precision": "fp32",
-                            "generation": {"temperature": 0.0, "seed": 0, "max_new_tokens": "suite's"}, "versions": {"python": "3.11.7"}},
+                            "generation": {"temperature": 0.0, "seed": 0, "max_new_tokens": "suite's"},
+                            "versions": {"python": "3.11.7"}},
                "suites": {"gsm8k@5": summarise(answers, ["acc"]), "one": summarise([record(0, 1)], ["acc"])}}
     lines = table(summary).splitlines()
     assert lines[0] == f"weights {'a' * 12}, chat template {'b' * 12}, fp32, greedy" and lines[1] == "python 3.11.7"
