@@ -20,7 +20,7 @@ CELLS = ("own/old", "own/new", "foreign/old", TASK_ONLY)
 def draw_all(tables: Mapping[str, Rows], verdicts: Verdicts, n: int, folder: Path, provenance: Mapping[str, Any]) -> list[Path]:
     """Draw every figure into ``folder``; returns the paths."""
     paths: list[Path] = []
-    for draw, claims in ((draw_forces, ("C1",)), (draw_cells, ("C2", "C3", "C4")), (draw_push, ("C6",)), (draw_dose, ("C7",)),
+    for draw, claims in ((draw_forces, ("C1",)), (draw_cells, ("C2", "C3")), (draw_shared, ("C4",)), (draw_push, ("C6",)), (draw_dose, ("C7",)),
                          (draw_race, ("C5",)), (draw_mixing, ("C8", "C9", "C10", "C11")), (draw_phase, ()), (draw_limits, ()),
                          (draw_sampled, ("sampled",)), (draw_calibration, ())):
         shown = [v for name, v in verdicts.items() if ("sampled" if name.endswith("sampled") else v["claim"]) in claims]
@@ -73,6 +73,33 @@ def draw_cells(tables: Mapping[str, Rows], n: int, keep: Save) -> list[Path]:
         axis.set_title(title, loc="left", fontsize=9)
         rows += [_row(e, cell=arm, metric=metric, unit=unit) for arm, e in zip(CELLS, found, strict=True)]
     return keep(figure, "lab_cells", rows)
+
+
+def draw_shared(tables: Mapping[str, Rows], n: int, keep: Save) -> list[Path]:
+    """C4: how alike style's gradients are over prompts and between topics, beside content's."""
+    start = tables["start"]
+    quantities = (("coherence", "coherence\nover prompts"), ("cos_topics", "cosine of\nmeans, between\ntopics"),
+                  ("shared", "leading planes,\nbetween topics:\nmean cos²"))
+    figure, axis = new_figure(6.4, 3.7)
+    rows = []
+    for k, (kind, colour, marker) in enumerate((("style", MIDDLE, "o"), ("content", DARK, "s"))):
+        found = [mean_over_seeds(column(start, f"{name}_{kind}", n)) for name, _ in quantities]
+        places = np.arange(len(found)) + (k - 0.5) * 0.3
+        for place, (name, _) in zip(places, quantities, strict=True):
+            axis.plot(place + np.linspace(-0.07, 0.07, n), column(start, f"{name}_{kind}", n), linestyle="none", marker=".", markersize=4, color="0.6")
+        axis.errorbar(places, [e.value for e in found], yerr=error_bars(found), fmt=marker, color=colour, markeredgecolor="black", ecolor="black",
+                      capsize=3, linewidth=1, label=f"effects of {kind} on the gradient")
+        rows += [_row(e, quantity=name, of=kind) for e, (name, _) in zip(found, quantities, strict=True)]
+        null = mean_over_seeds(column(start, f"shared_null_{kind}", n))
+        axis.plot([places[-1] - 0.12, places[-1] + 0.12], [null.value] * 2, color="black", linestyle=":", label=None if k else "… of permuted pairs")
+        rows.append(_row(null, quantity="shared, permuted", of=kind))
+        rows.append({"quantity": "shared, largest p", "of": kind, "value": column(start, f"shared_p_{kind}", n).max(), "low": "", "high": ""})
+    axis.axhline(0, color="black", linewidth=0.6)
+    axis.set_xticks(range(len(quantities)), [label for _, label in quantities])
+    axis.set_ylabel("1 = all alike, 0 = unrelated")
+    axis.legend(frameon=False, fontsize=7.5)
+    axis.set_title("Style pulls one way wherever it is taught (dots: seeds)", loc="left")
+    return keep(figure, "lab_shared", rows)
 
 
 def draw_push(tables: Mapping[str, Rows], n: int, keep: Save) -> list[Path]:
