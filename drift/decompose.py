@@ -167,6 +167,13 @@ def shared_directions(x: Vectors, y: Vectors, k: int = 4, *, permutations: int =
     The null keeps both spectra and destroys what the two have in common: the columns of ``y`` are permuted and given random signs, within
     ``blocks`` (one a parameter: :attr:`drift.sketch.Sketches.columns`), so that parameters of unlike size are not mixed. It supposes that within a block no
     column is special, which holds for random projections and not for raw gradients.
+
+    >>> rng = np.random.default_rng(0)
+    >>> shared = rng.normal(size=(1, 32))
+    >>> x, y = (rng.normal(size=(20, 1)) * shared + 0.01 * rng.normal(size=(20, 32)) for _ in range(2))
+    >>> found = shared_directions(x, y, 1, permutations=99)
+    >>> found.cosines.round(2).tolist(), found.p_value
+    ([1.0], 0.01)
     """
     x, y = _checked("x", x), _checked("y", y)
     if x.shape[1] != y.shape[1]:

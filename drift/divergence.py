@@ -166,6 +166,10 @@ class RowDivergences(TokenDivergences):
 
         :math:`\hat\mu=\sum_i s_i/\sum_i n_i`; :math:`\mathrm{se}^2=\frac{R}{R-1}\sum_i (s_i-\hat\mu n_i)^2/(\sum_i n_i)^2`.
         A ratio of means: consistent as rows are added, with a bias of order 1/R where rows differ in length.
+
+        >>> nll = torch.tensor([4.0, 2.0])
+        >>> RowDivergences(nll, nll, nll, nll, nll, nll, tokens=torch.tensor([3, 1])).mean("nll_model")  # (4 + 2) / (3 + 1)
+        (1.5, 0.25)
         """
         sums, tokens = getattr(self, metric).double(), self.tokens.double()
         value = sums.sum() / tokens.sum()

@@ -189,7 +189,18 @@ def _unchanging(model: nn.Module, weight: Tensor, reference: Reference | None) -
 def store_base(path: Path | str, model: nn.Module, batches: Sequence[Batch], *, forward: Forward = logits_of) -> None:
     """Write the model's log-probabilities [N, V] (float32) at the counted positions of ``batches``, for ``DivergenceProbe(base=path)``.
 
-    4·N·V bytes in one safetensors file, which is written beside its place and renamed into it.
+    4·N·V bytes in one safetensors file, which is written beside its place and renamed into it. Raises ``ValueError`` for batches as
+    :class:`DivergenceProbe` does.
+
+    >>> import tempfile
+    >>> model, ids, forward = nn.Embedding(3, 3), torch.tensor([[0, 1, 2]]), lambda m, b: m(b["input_ids"])
+    >>> batches = [{"input_ids": ids, "labels": ids}]
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     store_base(Path(folder) / "base.safetensors", model, batches, forward=forward)
+    ...     probe = DivergenceProbe("held-out", batches, base=Path(folder) / "base.safetensors", forward=forward)
+    ...     probe.prepare(model)
+    ...     round(probe.per_row(model).mean("kl_base_model")[0], 6)
+    0.0
     """
     path, tensors = Path(path), {}
     if not batches:

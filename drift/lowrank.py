@@ -11,7 +11,12 @@ from drift.spectra import principal_angles
 
 
 def joined(a: Tensor, b: Tensor, a0: Tensor | None = None, b0: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Factors (a', b') in float64, of rank r + r0, whose product is B A - B0 A0."""
+    """Factors (a', b') in float64, of rank r + r0, whose product is B A - B0 A0.
+
+    >>> a, b = joined(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0]]), torch.tensor([[1.0, 0.0]]), torch.tensor([[2.0]]))
+    >>> b @ a  # 3 (1, 2) - 2 (1, 0)
+    tensor([[1., 6.]], dtype=torch.float64)
+    """
     if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
         raise ValueError(f"a [r, n] and b [m, r] must share r, got {tuple(a.shape)} and {tuple(b.shape)}")
     if (a0 is None) != (b0 is None):

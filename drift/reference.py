@@ -52,7 +52,8 @@ class Reference:
         """Remember the model's weights and adapters as they are now.
 
         One copy on the CPU of every trainable parameter; frozen ones are kept as they are, without a copy, and unfreezing one
-        later makes :func:`~drift.weights.parameter_drift` refuse.
+        later makes :func:`~drift.weights.parameter_drift` refuse. Raises ``ValueError`` for parameters without values (the meta device), and for
+        adapters as :func:`drift.adapters.adapters` does.
         """
         mine = parameters(model)
         meta = [n for n, p in mine.items() if p.is_meta]
@@ -68,7 +69,11 @@ class Reference:
 
     @classmethod
     def open(cls, path: Path | str) -> Self:
-        """Weights in a ``.safetensors`` file, a folder of them (sharded or not), or a PEFT adapter folder; mapped, not copied."""
+        """Weights in a ``.safetensors`` file, a folder of them (sharded or not), or a PEFT adapter folder; mapped, not copied.
+
+        Raises ``FileNotFoundError`` if there is none, ``ValueError`` for a torn file, ``NotImplementedError`` for adapters other than LoRA, and for those with
+        ``lora_bias`` or ``target_parameters``.
+        """
         path = Path(path)
         files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
         if not files:

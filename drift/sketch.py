@@ -61,7 +61,12 @@ class Sketch:
     :math:`\langle LXR,LYR\rangle` has mean :math:`\langle X,Y\rangle`. Its standard deviation is at most
     :math:`\lVert X\rVert\lVert Y\rVert\sqrt{2(1/p+1/q)+4/(pq)}` for one matrix, reached by matrices of rank one (:meth:`error`), and that divided by about the root
     of the number of parameters of like weight for their sum. Sides not longer than p or q are left as they are, without error.
-    Sketches of one Sketch compare with each other and with nobody else's.
+    Sketches of one Sketch compare with each other and with nobody else's. Raises ``ValueError`` for ``p`` or ``q`` below 1.
+
+    >>> x, y = torch.ones(2, 200, 300).unbind()
+    >>> a, b = (Sketch(16, 16).project("weight", z) for z in (x, 2 * y))
+    >>> a.shape, bool((a * b).sum() == 2 * (a * a).sum())  # one projection for all: products of equals are kept to the last digit
+    (torch.Size([16, 16]), True)
     """
 
     p: int = 32

@@ -23,7 +23,7 @@ class SourceAlignment:
     before the step; ``lora``, the product of the steps in the adapted weight that the factors' gradients induce,
     :math:`s(\partial B\,A + B\,\partial A)` summed over its adapters, under that weight's name (not with DoRA).
 
-    ``units`` [S, F]: independent rows in each fold. ``coverage``: share of the numbers with a gradient that the
+    ``units`` [S, F]: independent rows in each fold, those without a label in the loss left out where labels were seen. ``coverage``: share of the numbers with a gradient that the
     products cover; ``missing``: why not, for the other parameters. Gradients are those of the loss that was differentiated: with a
     mean over the batch's tokens every source carries its share of the mixture.
     """

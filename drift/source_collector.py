@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from drift.adapters import Adapter, adapters
+from drift.forward import IGNORE
 from drift.lowrank import induced_gram
 from drift.numerics import check_finite, squared_distance, squared_norm
 from drift.uses import Formed, Scratch, Sparse, Use, blocks, gram
@@ -59,7 +61,7 @@ class SourceCollector:
         self.n_real = n_sources * folds
         self.n_groups = self.n_real + int(self.accumulate or untagged)  # the last is nobody's
         self.units = torch.zeros(self.n_real, dtype=torch.int64)
-        self.unit = torch.zeros(0, dtype=torch.int64)  # of every row or token in the model now; -1: nobody's
+        self._dealt = (torch.zeros(0, dtype=torch.int64),) * 2  # unit (-1: nobody's) and group of every row or token in the model now
         self.result: Collected | None = None
         self.touched = False
         self._expected: dict[str, _Expected] = {}
@@ -77,7 +79,6 @@ class SourceCollector:
     def deal(self, index: Tensor, units: Tensor | None) -> Tensor:
         """Group of every row or token: each source's units go to its folds in turn."""
         unit = _units(index) if units is None else _consecutive(index, units)
-        self.unit = unit.where(index >= 0, -1)
         group = torch.full_like(index, self.n_real)
         for s in range(self.n_sources):
             mine = index == s
@@ -87,7 +88,19 @@ class SourceCollector:
             done = int(self.units[s * self.folds : (s + 1) * self.folds].sum())
             group[mine] = s * self.folds + (rank + done) % self.folds
             self.units += torch.bincount(s * self.folds + (torch.arange(len(places)) + done) % self.folds, minlength=self.n_real)
+        self._dealt = unit.where(index >= 0, -1), group
         return group
+
+    def discount(self, labels: Any) -> None:
+        """Count no unit of which no label [B, T] is in the loss: it has no gradient, and would make a mean over units smaller than it is."""
+        unit, group = self._dealt
+        if not isinstance(labels, Tensor) or labels.dim() != 2 or len(labels) != len(unit):
+            return
+        counted = (labels[:, 1:] != IGNORE).cpu()
+        unit, group = (x.unsqueeze(1).expand(labels.shape) if x.dim() == 1 else x for x in (unit, group))
+        hidden = (unit >= 0) & ~torch.isin(unit, unit[:, 1:][counted])
+        for u in unit[hidden].unique():
+            self.units[group[unit == u][0]] -= 1
 
     def expect(self, name: str, parameter: Tensor, ids: Tensor | None) -> None:
         if name not in self._watches and hasattr(self._trained[name], "full_tensor"):

@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from drift.forward import IGNORE
 from drift.groups import Groups
 from drift.intercept import Interceptor
 from drift.names import trainable
@@ -44,8 +43,8 @@ class SourceGradients:
     that can't call :meth:`tag`. ``window``: recordings that the pooled rows of the table look back on.
 
     Exact for tokens of different sources that do not attend to each other: rows of a batch, or packed rows under a
-    block-diagonal mask. A source's rows must all have labels in the loss; where the model is given ``labels``, others are refused with ``ValueError``
-    (tag them -1). Cost: the products of the gradients, S·F·(S·F + 1)/(6N) of a layer's work at N tokens, and memory
+    block-diagonal mask. A row none of whose labels is in the loss has no gradient; where the model is given ``labels``, it does not count among its
+    source's rows (elsewhere tag it -1). Cost: the products of the gradients, S·F·(S·F + 1)/(6N) of a layer's work at N tokens, and memory
     for :data:`drift.uses.BLOCK` numbers and a layer's input. Under torch.distributed gradients are averaged over the processes before the products
     (S·F times the gradient's traffic, at the steps that measure).
 
@@ -201,7 +200,7 @@ class SourceGradients:
             self._aside, self._interceptor.groups = self._interceptor.groups, None
         if self._interceptor.groups is not None:
             self._learn_shape([*args, *kwargs.values()])
-            _check_counted(self._collector.unit, kwargs.get("labels"))
+            self._collector.discount(kwargs.get("labels"))
         return args, kwargs
 
     def _after_forward(self, *_) -> None:
@@ -260,20 +259,6 @@ def release(model: nn.Module) -> None:
     """
     for sources in _attached(model):
         sources.detach()
-
-
-def _check_counted(unit: Tensor, labels: Any) -> None:
-    """Refuse a source's rows of which no label is in the loss: without a gradient, they would still count among its rows."""
-    if not isinstance(labels, Tensor) or labels.dim() != 2 or len(labels) != len(unit):
-        return
-    counted = (labels[:, 1:] != IGNORE).cpu()
-    of_token = unit.unsqueeze(1).expand(labels.shape) if unit.dim() == 1 else unit
-    hidden = sorted(set(of_token[of_token >= 0].tolist()) - set(of_token[:, 1:][counted].tolist()))
-    if hidden:
-        places = [(of_token == u).nonzero()[0].tolist() for u in hidden[:5]]
-        which = ", ".join(f"row {row}" if unit.dim() == 1 else f"row {row} from token {column} on" for row, column in places)
-        raise ValueError(f"{which} {'has' if len(hidden) == 1 else 'have'} a source, but no label that differs from -100, so no gradient; they would "
-                         "count among its rows. Tag them -1 (nobody's), or leave them out")
 
 
 def _attached(model: nn.Module) -> list[SourceGradients]:

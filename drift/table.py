@@ -173,6 +173,14 @@ def load(out: Path | str) -> Recording:
     """What a run recorded under ``out``, also while it is still running.
 
     Raises ``FileNotFoundError`` if nothing is recorded there.
+
+    >>> import tempfile, torch, drift
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     with drift.record(torch.nn.Linear(2, 1), folder) as recorder:
+    ...         _ = recorder.step()
+    ...     recording = load(folder)
+    >>> recording.series("drift/l2").steps.tolist(), recording.meta["recordings"]
+    ([0, 1], 2)
     """
     parts = sorted((Path(out) / "drift").glob("part-*.parquet"))
     if not parts:

@@ -111,29 +111,6 @@ def test_a_frozen_model_is_refused_before_its_folder_is_made(tmp_path: Path) -> 
     assert not (tmp_path / "run").exists()
 
 
-def test_rows_of_a_source_without_a_label_in_the_loss() -> None:
-    """They have no gradient, and would make the mean over a source's rows smaller than it is."""
-    m, hidden = model(), batch(labels=LABELS.index_fill(0, torch.tensor([1, 3]), -100))
-    with drift.SourceGradients(m, ["task", "self"], folds=1) as sources:
-        sources.tag([0, 1, 1, 0, 0])
-        with pytest.raises(ValueError, match=r"row 1, row 3 have a source, but no label that differs from -100, .*Tag them -1"):
-            m(**hidden)
-    with drift.SourceGradients(m, ["task", "self"], folds=1) as sources:
-        sources.tag([0, -1, 1, -1, 0])
-        m(**hidden).loss.backward()
-        assert sources.step().units.tolist() == [[2], [1]]
-
-
-def test_packed_rows_of_a_source_without_a_label_in_the_loss() -> None:
-    m, units = model(), torch.tensor([[0, 0, 0, 1, 1, 2, 2]]).expand(5, -1)
-    hidden = batch(labels=LABELS.where(units != 1, -100).index_fill(0, torch.tensor([4]), -100))
-    hidden["labels"][:, 2:3] = hidden["labels"][:, 5:6] = 7
-    with drift.SourceGradients(m, ["task", "self"]) as sources:
-        sources.tag(torch.zeros(5, 7, dtype=torch.long), units=units)
-        with pytest.raises(ValueError, match=r"row 0 from token 3 on, row 1 from token 3 on, .* have a source"):
-            m(**hidden)
-
-
 @pytest.mark.parametrize(("key", "message"), [(None, "step 1 was to be measured, .*tag was not called"),
                                               ("source", "step 1 was to be measured, .*not given 'source' .*remove_unused_columns=False")])
 def test_a_step_whose_rows_belong_to_nobody(key: str | None, message: str) -> None:

@@ -235,6 +235,34 @@ def test_what_is_nobodys_is_left_out_of_the_products_but_not_of_training() -> No
     torch.testing.assert_close(model.embed.weight.grad.flatten(), separate(zoo_logits, model, batch, [range(6)])["embed.weight"][0])
 
 
+def test_rows_of_which_nothing_is_in_the_loss_do_not_count_among_their_sources() -> None:
+    """They have no gradient: the products are those of the others, and a mean over rows is one over the others."""
+    model, batch = families.make("llama"), zoo.batch(rows=6, vocabulary=families.V)
+    batch["labels"][[2, 3]] = -100
+    with SourceGradients(model, ["task", "self"]) as sources:
+        sources.tag(TAGS)
+        model(**batch).loss.backward()
+        hidden = sources.step()
+        model.zero_grad()
+        sources.tag([0, 1, -1, -1, 0, 1])
+        model(**batch).loss.backward()
+        nobody = sources.step()
+    assert hidden.units.tolist() == [[2, 0], [2, 0]] and nobody.units.tolist() == [[1, 1], [1, 1]]
+    np.testing.assert_allclose(hidden.inner(), nobody.inner(), rtol=1e-6)
+    assert pooled([hidden], ["task"], lambda gram, a, b: gram[a[0], a[0]])[0] == pytest.approx(nobody.inner()[0, 0] / 2**2)
+
+
+def test_packed_rows_of_which_nothing_is_in_the_loss_do_not_count_either() -> None:
+    model, units = families.make("llama"), torch.tensor([[0, 0, 0, 1, 1, 2, 2]]).expand(5, -1)
+    batch = zoo.batch(vocabulary=families.V)
+    batch["labels"] = torch.where((units == 1) | (torch.arange(5)[:, None] == 4), -100, batch["input_ids"])
+    batch["labels"][4, 0] = 7  # the first of all is predicted by nothing
+    with SourceGradients(model, ["task", "self"], folds=1) as sources:
+        sources.tag(torch.tensor([0, 0, 0, 1, 1]).unsqueeze(1).expand(5, 7), units=units)
+        model(**batch).loss.backward()
+        assert sources.step().units.tolist() == [[6], [2]]
+
+
 @pytest.mark.parametrize("cast", ["autocast", "weights"])
 def test_bfloat16_gives_the_products_of_bfloat16_gradients(cast: str) -> None:
     model, batch = families.make("llama", torch.bfloat16 if cast == "weights" else torch.float32), zoo.batch(rows=6, vocabulary=families.V)
