@@ -24,6 +24,7 @@ from sasft.sampling import EXACT, sample
 from sasft.trainer import FitSettings
 
 _STEPS = 4  # tokens that are written to see how long one takes
+_ON_CPU = 512  # tokens of a batch on a processor, where time is in proportion to them; a GPU is measured on a whole batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,9 +54,10 @@ class TrainingCost:
 
 def measure_training(model: nn.Module, plan: Plan, rows: Mapping[str, Sequence[Encoded]], settings: FitSettings,
                      pad_id: int) -> TrainingCost:
-    """Time and memory of training ``model`` on the plan with the plain loss, from two passes over a middling micro-batch.
+    """Time and memory of training ``model`` on the plan with the plain loss, from a pass over a middling micro-batch (on a
+    processor, as many of its rows as have 512 tokens).
 
-    The first pass warms up, the second is measured. The optimiser is stepped at a learning rate of 0, so that no weight moves.
+    The optimiser is stepped at a learning rate of 0, so that no weight moves.
     Raises :class:`UsageError` if the micro-batch does not fit into memory.
     """
     parts = list(MicroBatches(plan, rows, settings.micro_rows, packing=settings.packing, micro_tokens=settings.micro_tokens))
@@ -63,6 +65,8 @@ def measure_training(model: nn.Module, plan: Plan, rows: Mapping[str, Sequence[E
     middling = sorted(range(len(parts)), key=sizes.__getitem__)[len(parts) // 2]
     device = next(model.parameters()).device
     items = [((s, i), rows[s][i]) for s, i in parts[middling]]
+    items = items[: _rows(device, sizes[middling] // len(items), len(items))]
+    size = _size([row for _, row in items], settings.packing)
     batch: dict[str, Any] = {name: value.to(device) if isinstance(value, torch.Tensor) else value
                              for name, value in batch_of(items, pad_id, plan.loss_weights, packing=settings.packing).items()}
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -81,21 +85,20 @@ def measure_training(model: nn.Module, plan: Plan, rows: Mapping[str, Sequence[E
     if settings.activation_checkpointing:
         model.activation_checkpointing_enable()
     try:
-        backward(), optimizer.step()
         a_pass, a_step = _seconds(device, backward), _seconds(device, optimizer.step)
     except torch.OutOfMemoryError:
-        raise UsageError(f"a micro-batch of {len(items)} rows ({sizes[middling]} tokens with padding) does not fit into the "
+        raise UsageError(f"a micro-batch of {len(items)} rows ({size} tokens with padding) does not fit into the "
                          f"memory of {device}; lower micro_rows, train adapters, or set activation_checkpointing") from None
     finally:
         optimizer.zero_grad(set_to_none=True)
         if settings.activation_checkpointing:
             model.activation_checkpointing_disable()
         model.train(was_training)
-    a_token = a_pass / sizes[middling]
+    a_token = a_pass / size
     return TrainingCost(
         tokens=sum(sizes), seconds_per_token=a_token, optimizer_seconds=a_step, seconds=a_token * sum(sizes) + a_step * len(plan),
         weight_bytes=weight_bytes(model), state_bytes=sum(3 * p.numel() * p.element_size() for p in trained),
-        activation_bytes=math.ceil(kept.bytes * max(sizes) / sizes[middling]))
+        activation_bytes=math.ceil(kept.bytes * max(sizes) / size))
 
 
 def measure_writing(model: nn.Module, prompt: Sequence[int], batch_size: int, precision: Precision,
@@ -108,7 +111,6 @@ def measure_writing(model: nn.Module, prompt: Sequence[int], batch_size: int, pr
         with autocast(precision, device.type):
             sample(model, [prompt] * batch_size, list(range(batch_size)), sampler, stop_id=-1, pad_id=pad_id)
 
-    write(1)
     reading, both = _seconds(device, lambda: write(1)), _seconds(device, lambda: write(1 + _STEPS))
     return reading, max(both - reading, 0.0) / _STEPS
 
@@ -116,13 +118,12 @@ def measure_writing(model: nn.Module, prompt: Sequence[int], batch_size: int, pr
 def measure_reading(model: nn.Module, prompt: Sequence[int], batch_size: int, precision: Precision) -> float:
     """Seconds a token of a forward pass on a batch of such prompts."""
     device = next(model.parameters()).device
-    ids = torch.tensor([list(prompt)] * batch_size, device=device)
+    ids = torch.tensor([list(prompt)] * _rows(device, len(prompt), batch_size), device=device)
 
     def read() -> None:
         with torch.no_grad(), measuring(model), autocast(precision, device.type):
             model(input_ids=ids, use_cache=False)
 
-    read()
     return _seconds(device, read) / ids.numel()
 
 
@@ -136,6 +137,11 @@ def cache_bytes(config: Any, precision: Precision) -> int:
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return 2 * config.num_hidden_layers * heads * width * (2 if precision == "bf16" else 4)
+
+
+def _rows(device: torch.device, tokens: int, rows: int) -> int:
+    """How many of a batch's rows of so many tokens each are measured."""
+    return max(1, min(rows, _ON_CPU // tokens)) if device.type == "cpu" else rows
 
 
 def _size(rows: Sequence[Encoded], packing: bool) -> int:
@@ -164,10 +170,13 @@ class _Kept:
 
 
 def _seconds(device: torch.device, work: Callable[[], Any]) -> float:
+    """How long it takes, on a GPU the second time, when what it compiles and allocates is there."""
     def wait() -> None:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
+    if device.type == "cuda":
+        work()
     wait()
     start = time.perf_counter()
     work()
