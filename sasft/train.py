@@ -155,7 +155,7 @@ def train(settings: TrainSettings) -> dict[str, Any]:
     if first:
         print(*reports, sep="\n", file=sys.stderr)
     with autocast(settings.precision, model.device.type):
-        rows = method.encoded(rows, model, chat.pad_id, costs)
+        rows = method.encoded(rows, model, chat.pad_id, costs, out / "method")
         objective = method.objective(model, rows, chat.pad_id, costs)
     plan = lay_out(settings, material, rows)
     if first:

@@ -121,9 +121,12 @@ class Method:
         """The model with what is to be trained on it."""
         return model
 
-    def encoded(self, rows: Mapping[str, Sequence[Encoded]], model: nn.Module, pad_id: int,
-                costs: Costs) -> dict[str, list[Encoded]]:
-        """The encoded rows, as they enter the mix and the loss; ``model`` is untrained still."""
+    def encoded(self, rows: Mapping[str, Sequence[Encoded]], model: nn.Module, pad_id: int, costs: Costs,
+                folder: Path | None = None) -> dict[str, list[Encoded]]:
+        """The encoded rows, as they enter the mix and the loss; ``model`` is untrained still.
+
+        ``folder``: for what takes long, so that a stopped run finds it there; without one, nothing is kept.
+        """
         return {source: list(found) for source, found in rows.items()}
 
     def objective(self, model: nn.Module, rows: Mapping[str, Sequence[Encoded]], pad_id: int, costs: Costs) -> Objective | None:

@@ -1,13 +1,14 @@
 """Rows chosen by how strongly they pull at the embeddings and at the head."""
 
 import copy
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -16,9 +17,11 @@ from drift.modes import measuring
 from drift.numerics import at_least_fp32
 from sasft.chat import Encoded, collate
 from sasft.errors import UsageError
+from sasft.files import ensure_writable, write_json
 from sasft.methods.base import Batch, Costs, Method, response_loss, score
 from sasft.methods.checks import check_counts, check_weights, need_rows
 from sasft.mixing import TASK
+from sasft.processes import first_goes_first
 from sasft.settings import option
 
 KEEP = ("dense", "large", "random")
@@ -39,7 +42,7 @@ class Grads(Method):
     length, so it is in part a choice by length. ``share=1`` is SFT.
 
     Cost: forward and backward passes on all task rows, twice (``random``: none). Memory: a second model with its optimiser, until
-    the rows are chosen. A run that is stopped before it ends makes the choice anew, the same one.
+    the rows are chosen. ``grads.json`` has s of every row.
     """
 
     name: ClassVar[str] = "grads"
@@ -61,28 +64,35 @@ class Grads(Method):
             raise UsageError(f"lr must be a number > 0, got {self.lr}")
         check_counts(rows_per_step=self.rows_per_step)
 
-    def encoded(self, rows: Mapping[str, Sequence[Encoded]], model: nn.Module, pad_id: int,
-                costs: Costs) -> dict[str, list[Encoded]]:
+    def encoded(self, rows: Mapping[str, Sequence[Encoded]], model: nn.Module, pad_id: int, costs: Costs,
+                folder: Path | None = None) -> dict[str, list[Encoded]]:
         found = super().encoded(rows, model, pad_id, costs)
         need_rows(self.name, rows, TASK)
         task = found[TASK]
         n = max(1, round(self.share * len(task)))
         if n < len(task):
-            chosen = [sorted(self._order(task, model, pad_id, costs)[:n].tolist())]
-            if dist.is_initialized():
-                dist.broadcast_object_list(chosen)  # rounding may differ between processes, what they train on must not
-            found[TASK] = [task[i] for i in chosen[0]]
+            if self.keep == "random":
+                order = np.random.default_rng(self.seed).permutation(len(task))
+            else:
+                norms = self._norms(task, model, pad_id, costs, folder).clip(np.finfo(np.float64).tiny)  # 0: known by heart
+                order = np.argsort(-(norms if self.keep == "large" else density(np.log(norms))), kind="stable")
+            found[TASK] = [task[i] for i in sorted(order[:n].tolist())]
         return found
 
-    def _order(self, task: Sequence[Encoded], model: nn.Module, pad_id: int, costs: Costs) -> NDArray[np.int64]:
-        """Numbers of the rows, those to be kept first."""
-        rng = np.random.default_rng(self.seed)
-        if self.keep == "random":
-            return rng.permutation(len(task))
-        trained = copy.deepcopy(model)
-        _one_epoch(self, trained, task, rng.permutation(len(task)), pad_id, costs)
-        norms = _row_norms(trained, task, pad_id, costs).clip(np.finfo(np.float64).tiny)  # 0 where a row is known by heart
-        return np.argsort(-(norms if self.keep == "large" else density(np.log(norms))), kind="stable")
+    def _norms(self, task: Sequence[Encoded], model: nn.Module, pad_id: int, costs: Costs, folder: Path | None) -> NDArray[np.float64]:
+        """s of every row [N], from the folder if it is there."""
+        costs.backward_tokens += 2 * sum(len(row.input_ids) for row in task)
+        file = None if folder is None else folder / f"{self.name}.json"
+        with first_goes_first():  # the others read what it has found: rounding may differ, what they train on must not
+            if file is not None and file.exists():
+                return np.array(json.loads(file.read_text(encoding="utf-8"))["norms"])
+            trained = copy.deepcopy(model)
+            _one_epoch(self, trained, task, pad_id)
+            norms = _row_norms(trained, task, pad_id)
+            if file is not None:
+                ensure_writable(folder)
+                write_json(file, {"norms": norms.tolist()})
+            return norms
 
 
 def density(values: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -96,7 +106,8 @@ def density(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return gaussian_kde(values, "scott")(values) if np.ptp(values) > 0 else np.ones_like(values)
 
 
-def _one_epoch(method: Grads, model: nn.Module, rows: Sequence[Encoded], order: NDArray[np.int64], pad_id: int, costs: Costs) -> None:
+def _one_epoch(method: Grads, model: nn.Module, rows: Sequence[Encoded], pad_id: int) -> None:
+    order = np.random.default_rng(method.seed).permutation(len(rows))
     device = next(model.parameters()).device
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=method.lr, weight_decay=0.0)
@@ -106,14 +117,13 @@ def _one_epoch(method: Grads, model: nn.Module, rows: Sequence[Encoded], order: 
         for i in range(0, len(rows), method.rows_per_step):
             step = [rows[k] for k in order[i : i + method.rows_per_step]]
             batch = on_device(collate(step, pad_id), device)
-            costs.backward_tokens += int(batch["attention_mask"].sum())
             (response_loss(model, batch) / sum(row.loss_tokens for row in step)).backward()
             nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             optimizer.zero_grad()
 
 
-def _row_norms(model: nn.Module, rows: Sequence[Encoded], pad_id: int, costs: Costs, together: int = 16) -> NDArray[np.float64]:
+def _row_norms(model: nn.Module, rows: Sequence[Encoded], pad_id: int, together: int = 16) -> NDArray[np.float64]:
     """s of every row [N]; rows of similar length share a batch."""
     device = next(model.parameters()).device
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].input_ids))
@@ -121,7 +131,6 @@ def _row_norms(model: nn.Module, rows: Sequence[Encoded], pad_id: int, costs: Co
     for i in range(0, len(order), together):
         numbers = order[i : i + together]
         batch = on_device(collate([rows[k] for k in numbers], pad_id), device)
-        costs.backward_tokens += int(batch["attention_mask"].sum())
         found[numbers] = torch.stack(squared_norms(model, batch)).sum(0).sqrt().cpu().numpy()
     return found
 

@@ -1,7 +1,10 @@
 """Self-play against the model's own answers."""
 
+import json
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -9,11 +12,13 @@ from torch import Tensor, nn
 
 from drift.forward import on_device
 from sasft.chat import Encoded, collate
+from sasft.files import JsonlWriter
 from sasft.methods.answers import answer_rows, end_of_turn
 from sasft.methods.base import Batch, Costs, Method, Objective, of_sources, score, unwrapped
 from sasft.methods.checks import check_counts, check_weights, need_rows
 from sasft.methods.frozen_base import scored_rows
 from sasft.mixing import TASK
+from sasft.processes import first_goes_first
 from sasft.sampling import row_seed
 from sasft.settings import option
 
@@ -48,26 +53,38 @@ class Spin(Method):
         check_weights(0, 1, weight=self.weight)
         check_counts(max_new_tokens=self.max_new_tokens)
 
-    def encoded(self, rows: Mapping[str, Sequence[Encoded]], model: nn.Module, pad_id: int,
-                costs: Costs) -> dict[str, list[Encoded]]:
+    def encoded(self, rows: Mapping[str, Sequence[Encoded]], model: nn.Module, pad_id: int, costs: Costs,
+                folder: Path | None = None) -> dict[str, list[Encoded]]:
         """Adds the source ``opponent``: row i is the model's own answer to the prompt of task row i."""
         found = super().encoded(rows, model, pad_id, costs)
         if self.weight:
             need_rows(self.name, rows, TASK)
-            found[_OPPONENT] = self._answers(model, found[TASK], pad_id, costs)
+            found[_OPPONENT] = self._answers(model, found[TASK], pad_id, costs, folder)
         return found
 
     def objective(self, model: nn.Module, rows: Mapping[str, Sequence[Encoded]], pad_id: int, costs: Costs) -> Objective | None:
         return None if self.weight == 0 else _Spin(self, model, rows, pad_id, costs)
 
-    def _answers(self, model: nn.Module, rows: Sequence[Encoded], pad_id: int, costs: Costs) -> list[Encoded]:
+    def _answers(self, model: nn.Module, rows: Sequence[Encoded], pad_id: int, costs: Costs, folder: Path | None) -> list[Encoded]:
         order = sorted(range(len(rows)), key=lambda i: rows[i].start)
         found: dict[int, Encoded] = {}
-        for i in range(0, len(order), _ROWS):
-            together = order[i : i + _ROWS]
-            answers = answer_rows(model, [rows[k] for k in together], [row_seed(self.seed, "spin", k) for k in together],
-                                  max_new_tokens=self.max_new_tokens, stop_id=end_of_turn(rows), pad_id=pad_id, costs=costs)
-            found |= dict(zip(together, answers, strict=True))
+        with first_goes_first(), ExitStack() as stack:  # the others find the answers that it has written
+            sink = None if folder is None else stack.enter_context(JsonlWriter(folder / f"{self.name}-answers.jsonl"))
+            if sink is not None:
+                for line in map(json.loads, sink.path.read_text(encoding="utf-8").splitlines()):
+                    row = rows[line["row"]]
+                    found[line["row"]] = Encoded.answered(row.input_ids[: row.start], line["ids"], line["finished"])
+            for i in range(0, len(order), _ROWS):
+                together = order[i : i + _ROWS]
+                if together[0] in found:
+                    continue
+                answers = answer_rows(model, [rows[k] for k in together], [row_seed(self.seed, "spin", k) for k in together],
+                                      max_new_tokens=self.max_new_tokens, stop_id=end_of_turn(rows), pad_id=pad_id, costs=Costs())
+                found |= dict(zip(together, answers, strict=True))
+                if sink is not None:
+                    sink.write({"row": k, "ids": answer.input_ids[answer.start :], "finished": answer.finished}
+                               for k, answer in zip(together, answers, strict=True))
+        costs.generated_tokens += sum(answer.loss_tokens for answer in found.values())
         return [found[k] for k in range(len(rows))]
 
 

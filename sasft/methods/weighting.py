@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -42,8 +43,8 @@ class Stm(Method):
             raise UsageError(f"tau is a perplexity, so it must be >= 1, got {self.tau}")
         source_names(self.on)
 
-    def encoded(self, rows: Mapping[str, Sequence[Encoded]], model: nn.Module, pad_id: int,
-                costs: Costs) -> dict[str, list[Encoded]]:
+    def encoded(self, rows: Mapping[str, Sequence[Encoded]], model: nn.Module, pad_id: int, costs: Costs,
+                folder: Path | None = None) -> dict[str, list[Encoded]]:
         masked = super().encoded(rows, model, pad_id, costs)
         if self.tau < math.inf:
             need_rows(self.name, rows, self.on)

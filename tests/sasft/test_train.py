@@ -482,7 +482,7 @@ def test_a_method_that_selects_rows_does_not_fit_a_mix(folder: Path, monkeypatch
     class Half(sasft.methods.Method):
         name = "half"
 
-        def encoded(self, rows, model, pad_id, costs):
+        def encoded(self, rows, model, pad_id, costs, folder=None):
             return {**rows, TASK: rows[TASK][::2]}
 
     monkeypatch.setitem(sasft.methods.METHODS, "half", Half)

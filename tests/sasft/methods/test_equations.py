@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy, logsigmoid
 from drift import fisher
 from sasft.chat import IGNORE, Encoded
 from sasft.errors import UsageError
-from sasft.methods import Costs, method, response_loss
+from sasft.methods import Costs, method, response_loss, spin
 from sasft.methods.frozen_base import FrozenBase
 from sasft.methods.penalties import _Ewc, _L2Sp
 from sasft.methods.tokens import forward_kl
@@ -336,3 +336,22 @@ def test_spin_counts_what_it_spends() -> None:
     assert costs.forward_tokens == sum(len(r.input_ids) for s in (TASK, "opponent") for r in data[s])
     objective.loss(model, cases.batch_of(data, KEYS))
     assert costs.backward_tokens == sum(len(data["opponent"][i].input_ids) for s, i in KEYS if s == TASK)
+
+
+def test_spins_answers_are_on_file_and_not_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data, method_ = cases.tiny(), cases.rows(), method("spin", max_new_tokens=8)
+    whole = method_.encoded(data, model, 0, wanted := Costs())
+    written, calls = spin.answer_rows, []
+
+    def stopped(*args, **kwargs):
+        calls.append(len(args[1]))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return written(*args, **kwargs)
+
+    monkeypatch.setattr(spin, "_ROWS", 3)
+    monkeypatch.setattr(spin, "answer_rows", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        method_.encoded(data, model, 0, Costs(), tmp_path)
+    assert method_.encoded(data, model, 0, costs := Costs(), tmp_path) == whole and calls == [3, 3, 3, 2]
+    assert method_.encoded(data, model, 0, Costs(), tmp_path) == whole and len(calls) == 4 and costs == wanted

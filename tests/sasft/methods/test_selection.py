@@ -294,6 +294,14 @@ def test_density_is_that_of_the_logarithm(monkeypatch: pytest.MonkeyPatch) -> No
     assert density(norms).argmin() == 7
 
 
+def test_norms_are_on_file_and_not_taken_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, chosen = cases.rows(), method("grads", lr=1e-2)
+    first = chosen.encoded(data, cases.tiny(), 0, costs := Costs(), tmp_path / "method")
+    assert len(json.loads((tmp_path / "method" / "grads.json").read_text())["norms"]) == 8
+    monkeypatch.setattr("sasft.methods.grads._one_epoch", None)
+    assert chosen.encoded(data, cases.tiny(), 0, again := Costs(), tmp_path / "method") == first and again == costs
+
+
 def test_random_rows_are_as_many_and_cost_nothing() -> None:
     data, costs = cases.rows(), Costs()
     found = method("grads", keep="random", share=0.4, seed=1).encoded(data, cases.tiny(), 0, costs)[TASK]
