@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from drift.names import trainable
 from drift.reference import whole
@@ -57,6 +58,11 @@ def first_goes_first() -> Iterator[None]:
         dist.destroy_process_group(group)
 
 
+def sharded(model: nn.Module) -> bool:
+    """Whether processes hold a part each of the model's weights (FSDP2), also while it has them together in a pass."""
+    return isinstance(model, FSDPModule)
+
+
 def trained_weights(model: nn.Module) -> dict[str, Tensor]:
     """The trainable parameters in one piece each, on the CPU, by canonical name; every process must take part."""
     return {name: whole(p).detach().cpu() for name, p in trainable(model).items()}
@@ -68,7 +74,7 @@ def in_one_piece(model: nn.Module, untrained: Callable[[], nn.Module]) -> nn.Mod
 
     Every process must take part; the others get ``model`` back as it is.
     """
-    if not any(hasattr(p, "full_tensor") for p in model.parameters()):
+    if not sharded(model):
         return model
     weights = trained_weights(model)
     if dist.get_rank() > 0:

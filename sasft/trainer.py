@@ -244,7 +244,7 @@ def _check_goes_together(model: nn.Module, plan: Plan, settings: FitSettings, ob
     if settings.activation_checkpointing and not getattr(model, "supports_gradient_checkpointing", False):
         raise UsageError(f"a {type(model).__name__} does not support activation checkpointing; turn activation_checkpointing off")
     if sources and not (objective is None or objective.one_pass):
-        raise UsageError(f"SourceGradients can't be had with {_name(objective)}, which does more than one pass over each micro-batch")
+        raise UsageError(f"SourceGradients can't be had with {_name(objective)}, which does more than one pass with gradients over each micro-batch")
     read = {source for step in plan for source, _ in step}
     if unnamed := [min(read - set(s.sources)) for s in sources if read - set(s.sources)]:
         raise UsageError(f"the plan reads the source {unnamed[0]!r}, which SourceGradients does not name; name all that are read")
@@ -258,12 +258,9 @@ def _check_sharding(trainer: _Trainer) -> None:
     if (version := trainer.accelerator.state.fsdp_plugin.fsdp_version) != 2:
         raise UsageError(f"accelerate's configuration has fsdp_version {version}; set fsdp_version: 2")
     objective = trainer.objective
-    if objective is not None and not objective.one_pass:
-        raise UsageError(f"weights sharded by FSDP2 can't be had with {_name(objective)}, which does more with them than one pass over each "
-                         "micro-batch; take DDP (leave out use_fsdp)")
-    if getattr(getattr(objective, "base", None), "shared", False):
-        raise UsageError(f"weights sharded by FSDP2 can't be had with {_name(objective)} and LoRA, where the base is the model without its "
-                         "adapters, which some processes would run and others not; take DDP (leave out use_fsdp)")
+    if objective is not None and not objective.in_step:
+        raise UsageError(f"weights sharded by FSDP2 can't be had with {_name(objective)}, which does more with them than passes that every "
+                         "process makes; take DDP (leave out use_fsdp)")
 
 
 def _name(objective: Objective) -> str:

@@ -71,12 +71,14 @@ class Objective:
     is asked for once an optimiser step. A resumed training makes its objective anew from the untrained model, so whatever an
     objective draws must follow from its seed and the step alone.
 
-    ``one_pass``: the model in training runs once a micro-batch, whatever rows are in it, and nothing else is done with its
-    weights; that is what weights sharded over processes (FSDP2) and :class:`drift.SourceGradients` need. ``inside``: it reaches
-    into the model's layers while they run, row by row, so that rows can't be packed nor layers be run anew in the backward pass.
+    ``one_pass``: with gradients the model runs once a micro-batch, as :class:`drift.SourceGradients` needs it. ``in_step``: all
+    processes run it equally often, whatever rows they have, and do nothing else with its weights, as these need it when they are
+    sharded (FSDP2). ``inside``: it reaches into the model's layers while they run, row by row, so that rows can't be packed nor
+    layers be run anew in the backward pass.
     """
 
     one_pass = False
+    in_step = False
     inside = False
 
     def __init__(self, costs: Costs | None = None) -> None:

@@ -119,6 +119,8 @@ class OnlineReplay(Method):
 
 
 class _Replay(Objective):
+    in_step = True
+
     def __init__(self, method: OnlineReplay, base: FrozenBase, prompts: Sequence[Encoded], pad_id: int, costs: Costs) -> None:
         super().__init__(costs)
         self.method, self.base, self.pad_id = method, base, pad_id

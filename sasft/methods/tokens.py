@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from drift.numerics import at_least_fp32
 from sasft.methods.base import Batch, Costs, Objective, of_sources, score
 from sasft.methods.frozen_base import FrozenBase, subset
+from sasft.processes import sharded
 
 _CHUNK = 256  # positions whose fp32 log-probabilities are in memory at once
 
@@ -17,6 +18,7 @@ class TokenObjective(Objective):
     """Cross-entropy, which on tokens of the sources ``on`` gives way to :meth:`tokens`; ``base``: if it needs θ₀'s logits."""
 
     one_pass = True
+    in_step = True
 
     def __init__(self, costs: Costs, on: Sequence[str], base: FrozenBase | None = None) -> None:
         super().__init__(costs)
@@ -30,14 +32,20 @@ class TokenObjective(Objective):
         scored = score(model, batch)
         nll = scored.nll()
         chosen = of_sources(batch, self.on)
+        everywhere = self.base is not None and self.base.shared and sharded(model)  # all processes must run it, or none
         if not chosen.any():
+            if everywhere:
+                self.base.score(batch, self.costs)
             return scored.total(nll)
         if chosen.all():
             base = None if self.base is None else self.base.score(batch, self.costs).logits
             return scored.total(self.tokens(batch, scored.rows, scored.logits, scored.labels, nll, base))
         chosen = chosen.to(scored.rows.device)
-        base = None if self.base is None else self.base.score(subset(batch, chosen), self.costs).logits
         at = chosen[scored.rows].nonzero().squeeze(-1)
+        if everywhere:
+            base = self.base.score(batch, self.costs).logits[at]
+        else:
+            base = None if self.base is None else self.base.score(subset(batch, chosen), self.costs).logits
         losses = self.tokens(batch, scored.rows[at], scored.logits[at], scored.labels[at], nll[at], base)
         return scored.total(nll.index_put((at,), losses))
 

@@ -218,7 +218,7 @@ def test_gradients_by_source_say_what_they_need(tmp_path: Path) -> None:
         probe = drift.SourceGradients(model, sources)
         cases.run(method(name), model, tmp_path, callbacks=[drift.DriftCallback(None, probes=[probe])], **settings)
 
-    with pytest.raises(UsageError, match="SourceGradients can't be had with the objective Spin, which does more than one pass"):
+    with pytest.raises(UsageError, match="SourceGradients can't be had with the objective Spin, which does more than one pass with gradients"):
         run("spin", [TASK, SELF])
     with pytest.raises(UsageError, match="the plan reads the source 'self', which SourceGradients does not name"):
         run("sft", [TASK, "web"])
