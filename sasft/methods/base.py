@@ -9,6 +9,7 @@ trains lives in the :class:`Objective` that it makes for one run. The order of a
 4. ``objective`` gives the loss of a micro-batch, a penalty once a step, and what happens after each step and at the end.
 """
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sasft.chat import IGNORE, Chat, Encoded
 from sasft.data import Row
+from sasft.files import ensure_writable, write_json
 from sasft.mixing import SELF, TASK
 from sasft.writing import Writer
 
@@ -60,6 +62,12 @@ class Workshop:
     writer: Writer | None = None
     seed: int = 0
     costs: Costs = field(default_factory=Costs)
+
+    def report(self, method: str, said: str, **found: Any) -> None:
+        """Say on standard error what a method has done, and write what there is to know of it to ``<folder>/<method>.json``."""
+        ensure_writable(self.folder)
+        write_json(self.folder / f"{method}.json", found)
+        print(f"{method}: {said}", file=sys.stderr)
 
 
 class Objective:

@@ -1,6 +1,5 @@
 """SFT on prompts with noise in them: typing errors, other words, other sentences."""
 
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +10,6 @@ import numpy as np
 from sasft.content import read
 from sasft.data import Row
 from sasft.errors import UsageError
-from sasft.files import ensure_writable, write_json
 from sasft.methods.base import Method, Workshop
 from sasft.methods.checks import check_weights
 from sasft.methods.written import writing
@@ -78,12 +76,10 @@ class Perturbed(Method):
             found[TASK], refusals = self._paraphrased(before, rate, workshop)
         else:
             found[TASK] = [self._noisy(row, rate, workshop.seed) for row in before]
-        ensure_writable(workshop.folder)
         changed = sum(new.prompt != old.prompt for new, old in zip(found[TASK], before, strict=True))
-        write_json(workshop.folder / f"{self.name}.json", {
-            "rows": len(before), "changed": changed, "level": self.level, "rate": rate, "refused": dict(refusals)})
         why = "".join(f"; {count} paraphrases refused: {reason}" for reason, count in refusals.most_common())
-        print(f"{self.name}: {changed} of {len(before)} task prompts changed ({self.level}, rate {rate:g}){why}", file=sys.stderr)
+        workshop.report(self.name, f"{changed} of {len(before)} task prompts changed ({self.level}, rate {rate:g}){why}",
+                        rows=len(before), changed=changed, level=self.level, rate=rate, refused=dict(refusals))
         return found
 
     def _noisy(self, row: Row, rate: float, seed: int) -> Row:

@@ -1,7 +1,6 @@
 """Task answers in the model's own words."""
 
 import re
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +10,6 @@ import numpy as np
 
 from sasft.data import Row
 from sasft.errors import UsageError
-from sasft.files import write_json
 from sasft.methods.base import Method, Workshop
 from sasft.methods.checks import check_weights
 from sasft.methods.written import writing
@@ -48,7 +46,7 @@ class Rewriting(Method):
     Our choices: the wording of t; an answer that the length cap has cut, or an empty one, is not accepted (the paper's list
     passes them); ``share`` rewrites some rows only, drawn by the run's seed. The sampler is what the paper's framework defaults
     to, its own setting being unknown. Keeping by a look at the answer breaks the score identity (docs/theory.md F2c).
-    Cost: one generation a row. ``rewriting.json`` says how many were accepted, and why the others were not.
+    Cost: one generation a row. ``sdft-rewriting.json`` says how many were accepted, and why the others were not.
     """
 
     name: ClassVar[str] = "sdft-rewriting"
@@ -85,11 +83,9 @@ class Rewriting(Method):
                 task[i] = replace(task[i], response=rewrite.response, response_ids=rewrite.response_ids, finished=True,
                                   meta={**task[i].meta, "reference": task[i].response})
         accepted = len(chosen) - flaws.total()
-        write_json(workshop.folder / "rewriting.json", {
-            "rows": len(task), "rewritten": len(chosen), "accepted": accepted, "fallback": len(task) - accepted,
-            "flaws": dict(flaws)})
         why = "".join(f", {count} {name}" for name, count in flaws.most_common())
-        print(f"{self.name}: {accepted} of {len(chosen)} rewrites accepted{why}", file=sys.stderr)
+        workshop.report(self.name, f"{accepted} of {len(chosen)} rewrites accepted{why}", rows=len(task), rewritten=len(chosen),
+                        accepted=accepted, fallback=len(task) - accepted, flaws=dict(flaws))
         return found
 
     def _sampler(self) -> Sampler:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
@@ -10,7 +9,6 @@ from typing import ClassVar, Literal
 from sasft.data import Row
 from sasft.errors import UsageError
 from sasft.evaluation.scoring import exact_match, rouge_l
-from sasft.files import write_json
 from sasft.filters import prompt_text
 from sasft.methods.base import Method, Workshop
 from sasft.methods.checks import check_counts
@@ -75,11 +73,11 @@ class SLearnLlm(Method):
         exact = [exact_match(answers[key], [row.response]) for key, row in zip(keys, task, strict=True)]
         kept = [row for row, grade in zip(task, graded, strict=True) if grade < self.pass_mark]
         agreement = sum((grade >= self.pass_mark) == bool(same) for grade, same in zip(graded, exact, strict=True)) / len(task)
-        write_json(workshop.folder / f"{self.name}.json", {
-            "rows": len(task), "kept": len(kept), "grader": self.grader, "agreement_with_exact": agreement,
-            "grades": {row.id: grade for row, grade in zip(task, graded, strict=True)}})
-        print(f"{self.name}: the model answers {len(task) - len(kept)} of {len(task)} task rows rightly and trains on the others; "
-              f"{self.grader} agrees with exact match on {agreement:.0%}", file=sys.stderr)
+        workshop.report(
+            self.name, f"the model answers {len(task) - len(kept)} of {len(task)} task rows rightly and trains on the others; "
+            f"{self.grader} agrees with exact match on {agreement:.0%}",
+            rows=len(task), kept=len(kept), grader=self.grader, agreement_with_exact=agreement,
+            grades={row.id: grade for row, grade in zip(task, graded, strict=True)})
         if not kept:
             raise UsageError(f"the model answers all {len(task)} task rows rightly by grader={self.grader} at pass_mark="
                              f"{self.pass_mark:g}, so there is nothing to train on; raise pass_mark, or take another grader")
@@ -154,9 +152,8 @@ class Improved(Method):
             taken.append(marks.index(max(marks)))
             best = candidates[i][taken[-1]]
             own[i] = replace(best, id=row.id, source=row.source)
-        write_json(workshop.folder / f"{self.name}.json", {
-            "rows": len(own), "samples": self.samples, "taken": {row.id: k for row, k in zip(own, taken, strict=True)}})
-        print(f"{self.name}: {sum(map(bool, taken))} of {len(own)} self rows were given another answer", file=sys.stderr)
+        workshop.report(self.name, f"{sum(map(bool, taken))} of {len(own)} self rows were given another answer", rows=len(own),
+                        samples=self.samples, taken={row.id: k for row, k in zip(own, taken, strict=True)})
         return found
 
 

@@ -2,7 +2,6 @@
 
 import math
 import statistics
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,9 +12,8 @@ import numpy as np
 
 from sasft.data import Row
 from sasft.errors import UsageError
-from sasft.files import write_json
 from sasft.methods.base import Method, Workshop
-from sasft.methods.checks import check_weights
+from sasft.methods.checks import check_counts, check_weights
 from sasft.methods.demonstrations import Demonstrations, assistant, user
 from sasft.methods.written import greedy, writing
 from sasft.mixing import SELF, TASK
@@ -74,9 +72,9 @@ class Ssr(Method):
     max_new_tokens: int = option(256, "length cap of the examples, and of the answers")
 
     def __post_init__(self) -> None:
-        _at_least(0, n=self.n)
-        _at_least(1, samples=self.samples, clusters=self.clusters)
-        _at_least(2, demonstrations=self.demonstrations)
+        check_counts(0, n=self.n)
+        check_counts(1, samples=self.samples, clusters=self.clusters)
+        check_counts(2, demonstrations=self.demonstrations)
         if self.n and self.clusters > self.n:
             raise UsageError(f"clusters must not be more than n={self.n}, of which each gives its share; got {self.clusters}")
         if self.of not in (SELF, TASK):
@@ -154,8 +152,8 @@ class SelfGuide(Method):
     max_new_tokens: int = option(256, "length cap of both")
 
     def __post_init__(self) -> None:
-        _at_least(0, rounds=self.rounds)
-        _at_least(1, inputs_a_round=self.inputs_a_round, demonstrations=self.demonstrations, samples=self.samples)
+        check_counts(0, rounds=self.rounds)
+        check_counts(1, inputs_a_round=self.inputs_a_round, demonstrations=self.demonstrations, samples=self.samples)
         check_weights(0, 1, min_share=self.min_share)
         if not self.deviations > 0:
             raise UsageError(f"deviations must be a number > 0, got {self.deviations}")
@@ -331,11 +329,4 @@ def _sklearn() -> tuple[Any, Any]:
 
 
 def _report(method: Method, workshop: Workshop, **counts: int) -> None:
-    write_json(workshop.folder / f"{method.name}.json", counts)
-    print(f"{method.name}: " + ", ".join(f"{count} {name}" for name, count in counts.items()), file=sys.stderr)
-
-
-def _at_least(least: int, **values: int) -> None:
-    for name, value in values.items():
-        if value < least:
-            raise UsageError(f"{name} must be at least {least}, got {value}")
+    workshop.report(method.name, ", ".join(f"{count} {name}" for name, count in counts.items()), **counts)

@@ -29,7 +29,7 @@ def rewritten(folder: Path, rows=TASK_ROWS, seed: int = 0, script=script, **opti
 
 
 def report(folder: Path) -> dict:
-    return json.loads((folder / "rewriting.json").read_text())
+    return json.loads((folder / "sdft-rewriting.json").read_text())
 
 
 def test_accepted_rewrites_take_the_answers_place_and_others_fall_back(tmp_path: Path) -> None:
