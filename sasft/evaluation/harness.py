@@ -51,7 +51,8 @@ class Harness(Suite):
             with measuring(subject.model), _random_state_kept():
                 wrapped = _library("lm_eval.models.huggingface").HFLM(
                     pretrained=subject.model, tokenizer=copy.deepcopy(subject.chat.tokenizer), batch_size=subject.batch_size,
-                    mixed_precision_dtype="bfloat16" if subject.precision == "bf16" else None)
+                    mixed_precision_dtype="bfloat16" if subject.precision == "bf16" else None,
+                    chat_template_args=dict(subject.chat._mode))  # a reasoning template in the mode that our own suites use
                 found = lm_eval.simple_evaluate(
                     model=wrapped, tasks=[self.task], num_fewshot=self.shots, limit=limit, log_samples=True,
                     task_manager=manager, apply_chat_template=True, fewshot_as_multiturn=True, gen_kwargs=_generation(subject),

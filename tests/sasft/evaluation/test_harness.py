@@ -87,6 +87,18 @@ def test_without_settings_of_ours_tasks_keep_their_own(fake: FakeLmEval, tmp_pat
     assert found["groups"].keys() == {"a_task"} and found["macro"]["score"] == 0.5
 
 
+def test_reasoning_templates_are_rendered_as_our_own_suites_have_them(fake: FakeLmEval, tmp_path: Path) -> None:
+    ran(tmp_path / "plain")
+    assert fake.wrapped["chat_template_args"] == {}
+    block = "<think>\\n\\n</think>\\n\\n"
+    template = tiny_chat.CHATML.replace("{{ m.content }}",
+                                        f"{{{{ '{block}' if m.role == 'assistant' else '' }}}}{{{{ m.content }}}}")
+    asked = f"{{% if enable_thinking is false %}}{{{{ '{block}' }}}}{{% endif %}}"
+    template = template.replace("assistant\n{% endif %}", f"assistant\n{asked}{{% endif %}}")
+    evaluate(tiny_chat.chatty(), tiny_chat.tokenizer(template), ["lm_eval:a_task"], tmp_path / "thinks", progress=False)
+    assert fake.wrapped["chat_template_args"] == {"enable_thinking": False}
+
+
 def test_lm_eval_leaves_no_trace(fake: FakeLmEval, tmp_path: Path) -> None:
     model, tokenizer = tiny_chat.chatty().train(), tiny_chat.tokenizer()
     random.seed(3), np.random.seed(3), torch.manual_seed(3)
