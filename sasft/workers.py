@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from multiprocessing import connection, get_context, parent_process
+from multiprocessing import connection, get_all_start_methods, get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,10 @@ def in_processes(jobs: Sequence[Job], workers: int, threads: int) -> Ended:
     Every job has a process of its own: it gives back all memory at its end, and a job that is killed takes no other with it. Jobs that
     are running when the iterator is closed, by Ctrl-C for instance, are ended; so they are when this process is killed.
     """
-    context, gpus = get_context("spawn"), _gpus()
+    # Forked from a server that has imported what the jobs need, and done nothing else: a second instead of ten to start each.
+    context = get_context("forkserver" if "forkserver" in get_all_start_methods() else "spawn")
+    context.set_forkserver_preload(sorted({job.function.__module__ for job in jobs}))
+    gpus = _gpus()
     waiting, places = deque(jobs), list(reversed(range(workers)))
     running: dict[int, tuple[Any, connection.Connection, int, Job]] = {}
     try:
