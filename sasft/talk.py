@@ -192,7 +192,11 @@ def _chosen(settings: TalkSettings, rows: Sequence[Row], chat: Chat) -> tuple[li
         left, filters = apply_filters(left, named)
     for topic in settings.ablate:
         rule = LEXICONS[topic]
-        second = TopicClassifier.from_lexicon(rule, [row_text(row) for row in left], seed=settings.seed)
+        try:
+            second = TopicClassifier.from_lexicon(rule, [row_text(row) for row in left], seed=settings.seed)
+        except UsageError as error:
+            raise UsageError(f"{error}. What the ablation of {topic} leaves is counted by a classifier that learns from the rows "
+                             f"themselves; write more of them (n), or leave it out. All rows stay in {settings.out}") from None
         left, report = ablate(left, rule, second, reads=settings.ablate_reads)
         ablations.append(report)
     quality = inspect_rows(left, chat, expected_language=settings.language)

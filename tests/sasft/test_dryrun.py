@@ -85,7 +85,7 @@ def test_a_micro_batch_that_does_not_fit_is_named(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(costing, "response_loss", full)
     rows, plan = rows_and_plan()
-    with pytest.raises(UsageError, match=r"a micro-batch of 8 rows \(\d+ tokens with padding\) does not fit .* lower micro_rows"):
+    with pytest.raises(UsageError, match=r"a micro-batch of \d rows \(\d+ tokens with padding\) does not fit .* lower micro_rows"):
         measure_training(tiny_chat.chatty(), plan, rows, FitSettings(**FP32), pad_id=0)
 
 

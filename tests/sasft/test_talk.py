@@ -66,6 +66,11 @@ def test_a_topic_is_dropped_and_what_is_left_of_it_told(settings, tmp_path: Path
     assert done.quality.topics["mathematics"] == 0
 
 
+def test_an_ablation_that_cannot_be_checked_is_refused(settings) -> None:
+    with pytest.raises(UsageError, match="needs at least 10 texts about it .* write more of them .* All rows stay in"):
+        talk(settings(ablate=["mathematics"]))
+
+
 def test_bad_data_is_refused_and_stays_on_disk(settings, tmp_path: Path) -> None:
     done = talk(settings(limits=["foreign=none", "nats_per_token=0.5"]))
     with pytest.raises(UsageError, match=f"nats_per_token is .*, above the limit 0.5.*stay in {tmp_path / 'self.jsonl'}"):
