@@ -84,6 +84,22 @@ def test_what_is_done_is_not_done_again(folder: Path, monkeypatch: pytest.Monkey
     ran(folder, "whole")
 
 
+def test_a_run_that_goes_on_forms_the_same_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounding hangs on what is run together: an item that was left does not move to another batch."""
+    items = [Item(id=str(i), prompt=user(f"{i}?"), gold="a") for i in range(7)]
+    together, measure = [], Answered.measure
+    monkeypatch.setattr(Answered, "measure", lambda suite, subject, some: (together.append([i.id for i in some]),
+                                                                          measure(suite, subject, some))[1])
+    arguments = (tiny_chat.chatty(), tiny_chat.tokenizer(), [own(items)], tmp_path, MeasureSettings(batch_size=3))
+    evaluate(*arguments, progress=False)
+    assert together == [["0", "1", "2"], ["3", "4", "5"], ["6"]]
+    lines = (tmp_path / "items.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "items.jsonl").write_text("".join(lines[:2]))
+    together.clear()
+    evaluate(*arguments, progress=False)
+    assert together == [["2"], ["3", "4", "5"], ["6"]]
+
+
 def test_another_run_is_refused(folder: Path) -> None:
     for other, told in (({"seed": 1}, "weights_sha256"), ({"max_new_tokens": 5}, "max_new_tokens is 4, now 5"),
                         ({"temperature": 0.5}, "temperature"),
