@@ -25,6 +25,7 @@ import re
 import shutil
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -143,9 +144,9 @@ def read_cells(file: Path | str, out: Path | str) -> list[Cell]:
         crossed = {name: values for name, values in given.items() if isinstance(values, list)}
         for values in itertools.product(*crossed.values()):
             chosen = dict(zip(crossed, values, strict=True))
-            name = ",".join([arm_name, *(f"{k}={_short(value)}" for k, value in chosen.items())])
+            name = ",".join([_plain(arm_name), *(f"{k}={_short(value)}" for k, value in chosen.items())])
             settings = asdict(_settings(TrainSettings, {**given, **chosen}, f"{file}, {name}", folder / name / "run"))
-            found.append(Cell(name=name, arm=arm_name, folder=folder / _short(name), train=settings, evaluate=evaluate))
+            found.append(Cell(name=name, arm=arm_name, folder=folder / name, train=settings, evaluate=evaluate))
     if evaluate is not None:
         if own := {"model", "revision"} & evaluate.keys():
             raise UsageError(f"{file}, evaluate: {', '.join(own)} is given, but the sweep evaluates the models that it trains; leave it out")
@@ -187,7 +188,10 @@ def _settings(kind: type, given: Mapping[str, Any], where: str, out: Path) -> An
 
 def _short(value: Any) -> str:
     """A value as a part of a folder's name; of a path its last part, without its ending."""
-    text = Path(value).stem if isinstance(value, str) and ("/" in value or re.search(r"\.[A-Za-z]\w*$", value)) else str(value)
+    return _plain(Path(value).stem if isinstance(value, str) and ("/" in value or re.search(r"\.[A-Za-z]\w*$", value)) else str(value))
+
+
+def _plain(text: str) -> str:
     return re.sub(r"[^\w.,=+-]+", "_", text)
 
 
@@ -255,10 +259,11 @@ def sweep(settings: SweepSettings) -> Sweep:
         if not cell.result.exists() and not any(cell.folder.glob("*/config.json")):  # it failed before any work, of a file perhaps that is mended now
             (cell.folder / "cell.json").unlink(missing_ok=True)
         claim(cell.folder / "cell.json", _identity(cell, hashes))
-    todo = {cell.folder: Job(run_cell, (cell,), cell.folder / "log.txt") for cell in cells if not cell.result.exists()}
+    todo = [Job(run_cell, (cell,), cell.folder / "log.txt") for cell in cells if not cell.result.exists()]
     failed: dict[str, str] = {}
-    with tqdm(total=len(cells), initial=len(cells) - len(todo), desc="cells", unit="cell", dynamic_ncols=True) as bar:
-        for job, error in _run(list(todo.values()), settings):
+    with (closing(_run(todo, settings)) as ended,  # what runs is ended whatever happens here
+          tqdm(total=len(cells), initial=len(cells) - len(todo), desc="cells", unit="cell", dynamic_ncols=True) as bar):
+        for job, error in ended:
             [cell] = job.arguments
             if error is not None:
                 failed[cell.name] = error

@@ -6,7 +6,7 @@ import sys
 import threading
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing import connection, get_all_start_methods, get_context, parent_process
@@ -30,7 +30,7 @@ class Job:
     folder: Path = field(default_factory=Path.cwd)
 
 
-Ended = Iterator[tuple[Job, str | None]]
+Ended = Generator[tuple[Job, str | None], None, None]
 """Jobs as they end, each with what went wrong (None: nothing)."""
 
 

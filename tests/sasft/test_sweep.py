@@ -59,11 +59,11 @@ def rows_of(folder: Path) -> list[dict]:
 def test_one_table_of_every_cell_with_what_it_hangs_on(folder: Path, here: list[str]) -> None:
     text = folder / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog " * 3)
-    arms = [{"name": "task-only", "task": str(folder / "one.jsonl")}, {"name": "l2", "method": "l2-sp", "method_options": ["weight=1"]}]
+    arms = [{"name": "task only", "task": str(folder / "one.jsonl")}, {"name": "l2", "method": "l2-sp", "method_options": ["weight=1"]}]
     settings = plan(folder, lam=0, arms=arms, evaluate={"suites": f"text:{text}"}, task=[str(folder / "one.jsonl"), str(folder / "two.jsonl")])
     done = sweep(settings)
     assert done.cells == 4 and not done.failed and done.table == folder / "sweep" / "sweep.csv"
-    assert here == ["base", "task-only", "l2,task=one,method_options=weight=1", "l2,task=two,method_options=weight=1"]
+    assert here == ["base", "task_only", "l2,task=one,method_options=weight=1", "l2,task=two,method_options=weight=1"]
     rows = rows_of(folder)
     one = {r["metric"]: r for r in rows if r["cell"] == "l2,task=two,method_options=weight=1" and r["suite"] == "training"}
     assert {"loss", "drift/l2", "costs/forward_tokens"} <= set(one)
@@ -83,7 +83,7 @@ def test_one_table_of_every_cell_with_what_it_hangs_on(folder: Path, here: list[
         [nll] = [r for r in rows if r["cell"] == cell and r["metric"] == "nll/model"]
         assert nll["suite"] == f"text:{text}" and nll["value"] == expected["suites"][nll["suite"]]["scores"]["nll/model"]["score"]
         assert nll["weights_sha256"] == weights_hash(load_model(str(model))[0]) and nll["n"] == 1
-    assert {r["arm"] for r in rows} == {"base", "task-only", "l2"} and all(r["steps"] is None for r in rows if r["arm"] == "base")
+    assert {r["arm"] for r in rows} == {"base", "task only", "l2"} and all(r["steps"] is None for r in rows if r["arm"] == "base")
 
 
 def test_what_fails_stops_no_other_and_is_tried_again(folder: Path, here: list[str], capsys: pytest.CaptureFixture) -> None:
@@ -171,7 +171,7 @@ def test_settings_that_contradict_each_other(given: dict, message: str) -> None:
 
 def test_on_ray_cells_say_what_they_take(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr(sasft.sweep, "on_ray", lambda jobs, address, **needs: asked.append((len(jobs), address, needs)) or iter(()))
+    monkeypatch.setattr(sasft.sweep, "on_ray", lambda jobs, address, **needs: asked.append((len(jobs), address, needs)) or (_ for _ in ()))
     settings = plan(folder, lam=0, seed=[0, 1])
     sweep(SweepSettings(file=settings.file, out=settings.out, ray="auto", cpus=3, gpus=0.5))
     assert asked == [(2, "auto", {"cpus": 3, "gpus": 0.5})]
