@@ -44,7 +44,7 @@ class MixSettings:
                             "loss)", _MIXED)
     hold_out: int = option(16, "last rows of each source, at most a quarter of them, that no step reads, to measure on", _MIXED)
     out: str = option("", "folder of the mix", _MIXED)
-    steps: int = option(100, "optimiser steps", _SIZE)
+    steps: int | None = option(None, "optimiser steps (100, unless like is given)", _SIZE)
     rows_per_step: int | None = option(None, "rows a step, of all sources together (16, unless tokens_per_step is given)", _SIZE)
     tokens_per_step: int | None = option(None, "loss tokens a step, of all sources together, instead of rows_per_step", _SIZE)
     max_tokens: int = option(1024, "longest row allowed, in tokens", _ROWS)
@@ -67,9 +67,11 @@ class MixSettings:
             raise UsageError("out is missing: name a folder for the mix")
         if self.shares and len(self.shares) != len(self.sources):
             raise UsageError(f"shares must be one number a source: got {len(self.shares)} for {len(self.sources)} sources")
-        if self.like and (self.rows_per_step or self.tokens_per_step):
-            raise UsageError("like takes the sizes of steps from another mix, so rows_per_step and tokens_per_step must be left "
-                             "out")
+        if self.like and (self.steps or self.rows_per_step or self.tokens_per_step):
+            raise UsageError("like takes the number and the sizes of steps from another mix, so steps, rows_per_step and "
+                             "tokens_per_step must be left out")
+        if self.equal != "tokens" and not self.like:
+            raise UsageError(f"equal={self.equal} says in what a step is that of another mix, but like names none")
         if self.rows_per_step and self.tokens_per_step:
             raise UsageError(f"give either rows_per_step or tokens_per_step, got {self.rows_per_step} and {self.tokens_per_step}")
         if self.hold_out < 0:
@@ -223,7 +225,8 @@ def plan_of(tokens: Mapping[str, Sequence[int]], settings: MixSettings) -> Plan:
     if settings.like:
         return match(read_mixture(settings.like).plan, tokens, shares, equal=settings.equal, by=settings.by, seed=settings.seed)
     rows_per_step = settings.rows_per_step or (None if settings.tokens_per_step else 16)
-    return mix(tokens, shares, by=settings.by, steps=settings.steps, rows_per_step=rows_per_step,
+    steps = 100 if settings.steps is None else settings.steps
+    return mix(tokens, shares, by=settings.by, steps=steps, rows_per_step=rows_per_step,
                tokens_per_step=settings.tokens_per_step, seed=settings.seed)
 
 

@@ -29,7 +29,8 @@ from sasft.talk import TalkSettings, talk
 from sasft.terminal import table
 from sasft.train import TrainSettings, train
 
-_FREE = {"out", "talk_limits", "evaluate_suites"}  # may change from one call to the next: what was done before stays valid
+# May change from one call to the next, as those of evaluation may: what was done before stays valid, or refuses by itself.
+_FREE = ("out", "task_test", "talk_limits")
 _WHOLE = "the whole run"
 _COMMON = ("model", "revision", "seed", "precision")
 
@@ -130,7 +131,8 @@ def run(settings: Any, say: Callable[[str], None] = print) -> dict[str, Any]:
     say = say if first else lambda text: None
     ensure_writable(out)
     Source.parse(settings.task).sha256()  # raises if it isn't there
-    claim(out / "run.json", {name: value for name, value in asdict(settings).items() if name not in _FREE})
+    claim(out / "run.json", {name: value for name, value in asdict(settings).items()
+                             if name not in _FREE and not name.startswith("evaluate_")})
     report: dict[str, Any] = {}
     if parts.talk:
         say(f"\n== self-dialogues: {parts.talk.out}")

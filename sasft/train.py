@@ -88,6 +88,14 @@ class TrainSettings(FitSettings):
         for name, least in (("record_every", 0), ("lora_rank", 0), ("save_every", 0)):
             if getattr(self, name) < least:
                 raise UsageError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if self.lora_alpha != 16.0 and not self.lora_rank:
+            raise UsageError(f"lora_alpha={self.lora_alpha} is for adapters, but lora_rank is 0; give a rank, or leave lora_alpha "
+                             "out")
+        if self.lora_rank and self.method == "lora":
+            raise UsageError(f"lora_rank={self.lora_rank} and the method lora would each add adapters; leave out one of the two")
+        if self.general_text and not self.record_every:
+            raise UsageError(f"general_text {self.general_text} is to be recorded on, but record_every is 0; leave out one of the "
+                             "two")
         self.chosen_method()
 
     def _without_a_mix(self) -> None:

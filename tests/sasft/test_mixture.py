@@ -86,7 +86,7 @@ def test_a_mix_that_was_edited_is_refused(folder: Path) -> None:
 
 def test_the_task_repeated_in_the_steps_of_a_mix(folder: Path) -> None:
     mixed = make_mixture(settings(folder))
-    alone = make_mixture(settings(folder, sources=[f"task={folder}/task.jsonl"], shares=[], rows_per_step=None,
+    alone = make_mixture(settings(folder, sources=[f"task={folder}/task.jsonl"], shares=[], steps=None, rows_per_step=None,
                                   like=str(folder / "mix"), out=str(folder / "repeated")))
     assert alone["steps"] == 6 and set(alone["rows"]) == {"task"}
     assert abs(sum(alone["loss_tokens"].values()) - sum(mixed["loss_tokens"].values())) <= 13 / 2  # half of the longest answer
@@ -149,7 +149,8 @@ def test_the_sampler_of_self_rows_is_kept(folder: Path) -> None:
     ({"out": ""}, "out is missing"),
     ({"shares": [1, 2]}, "shares must be one number a source: got 2 for 3 sources"),
     ({"tokens_per_step": 9}, "give either rows_per_step or tokens_per_step, got 8 and 9"),
-    ({"like": "x"}, "like takes the sizes of steps from another mix"),
+    ({"like": "x"}, "like takes the number and the sizes of steps from another mix"),
+    ({"equal": "rows"}, "equal=rows says in what a step is that of another mix, but like names none"),
     ({"shuffle": ["web", "elf"]}, "shuffle names 'elf', which is none of the sources task, self, web"),
     ({"sources": ["a/x.jsonl", "b/x.jsonl"], "shares": []}, "two sources have one name"),
 ])

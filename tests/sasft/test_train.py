@@ -262,6 +262,11 @@ def test_rows_too_long_are_counted_and_refused_or_treated_as_chosen(folder: Path
     ({"lr": 0.0}, "lr must be > 0, got 0.0"),
     ({"loss": "median"}, "loss must be sum or mean, got 'median'"),
     ({"precision": "fp8"}, "precision must be auto, bf16 or fp32, got 'fp8'"),
+    ({"lora_alpha": 32.0}, "lora_alpha=32.0 is for adapters, but lora_rank is 0"),
+    ({"lora_rank": 4, "method": "lora"}, "lora_rank=4 and the method lora would each add adapters"),
+    ({"general_text": "t.txt", "record_every": 0}, "general_text t.txt is to be recorded on, but record_every is 0"),
+    ({"record_every": -1}, "record_every must be at least 0"),
+    ({"steps": 0}, "steps must be at least 1, got 0"),
     ({"micro_rows": 0}, "micro_rows must be at least 1, got 0"),
     ({"schedule": "zigzag"}, "unknown schedule 'zigzag'; there are: .*constant"),
 ])
