@@ -1,8 +1,8 @@
 """Noise in the text of a prompt: typing errors, other words. What an answer hangs on stays as it is, byte for byte.
 
 Fixed are code, formulas, URLs, numbers (in digits or words), names, negations and everything that looks like an identifier
-(all but :func:`free_words`). The rules and the short list of synonyms are this package's own, and English. (nlpaug, the usual package for
-this, had its last release in 2022 and takes its synonyms from a thesaurus that is fetched over the network.)
+(all but :func:`free_words`). The rules and the short list of synonyms are this package's own, and English. (nlpaug, the usual
+package for this, had its last release in 2022 and takes its synonyms from a thesaurus that is fetched over the network.)
 """
 
 from collections import Counter
@@ -23,13 +23,14 @@ _BESIDE = {row[i]: row[max(0, i - 1) : i] + row[i + 1 : i + 2] for row in _KEYS 
 _LETTERS = 4  # of a word that is given typing errors: shorter ones easily become other words
 _FILLERS = ("really", "just", "simply", "actually", "basically", "kindly")
 _GROUPS = tuple(map(str.split, (
-    "find locate", "calculate compute", "make create", "show display", "big large", "small little", "begin start", "choose select pick",
-    "get obtain", "change alter", "repair fix", "give provide", "use employ", "fast quick", "quickly rapidly", "important essential",
-    "whole entire", "method approach", "buy purchase", "help assist", "often frequently", "main principal", "happen occur",
-    "reduce decrease", "illness sickness", "doctor physician", "wrong incorrect", "explain clarify", "required needed", "keep retain",
-    "think believe", "talk speak", "tell inform", "build construct", "easy simple",
-    "hard difficult", "rich wealthy", "job occupation", "car automobile", "child kid", "children kids", "house home", "shop store",
-    "picture image", "sick ill", "happy glad", "maybe perhaps", "allow permit", "try attempt")))
+    "find locate", "calculate compute", "make create", "show display", "big large", "small little", "begin start",
+    "choose select pick", "get obtain", "change alter", "repair fix", "give provide", "use employ", "fast quick",
+    "quickly rapidly", "important essential", "whole entire", "method approach", "buy purchase", "help assist",
+    "often frequently", "main principal", "happen occur", "reduce decrease", "illness sickness", "doctor physician",
+    "wrong incorrect", "explain clarify", "required needed", "keep retain", "think believe", "talk speak", "tell inform",
+    "build construct", "easy simple", "hard difficult", "rich wealthy", "job occupation", "car automobile", "child kid",
+    "children kids", "house home", "shop store", "picture image", "sick ill", "happy glad", "maybe perhaps", "allow permit",
+    "try attempt")))
 _SYNONYMS = {word: tuple(other for other in group if other != word) for group in _GROUPS for word in group}
 
 
@@ -95,8 +96,8 @@ def _mistyped(word: str, rate: float, rng: np.random.Generator) -> str:
 
 
 def reword(text: str, rate: float, rng: np.random.Generator) -> str:
-    """Each free word is altered with probability ``rate``: it gives way to a synonym, or has a filler put before it where the list
-    knows none. Capitalised words without a synonym stay, since a sentence may begin with a name.
+    """Each free word is altered with probability ``rate``: it gives way to a synonym, or has a filler put before it where the
+    list knows none. Capitalised words without a synonym stay, since a sentence may begin with a name.
 
     >>> reword("Find the whole price.", 1.0, np.random.default_rng(0))
     'Locate just the entire really price.'

@@ -30,7 +30,10 @@ def check_counts(least: int = 1, **values: int) -> None:
 
 
 def need_rows(method: str, rows: Mapping[str, Sequence[Encoded]], on: str) -> list[Encoded]:
-    """The rows of the sources that the method works on, one source after the other; raises :class:`UsageError` if one has none."""
+    """The rows of the sources that the method works on, one source after the other.
+
+    Raises :class:`UsageError` if one has none.
+    """
     for name in source_names(on):
         if not rows.get(name):
             having = ", ".join(source for source, found in rows.items() if found)

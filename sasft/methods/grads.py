@@ -79,7 +79,8 @@ class Grads(Method):
             found[TASK] = [task[i] for i in sorted(order[:n].tolist())]
         return found
 
-    def _norms(self, task: Sequence[Encoded], model: nn.Module, pad_id: int, costs: Costs, folder: Path | None) -> NDArray[np.float64]:
+    def _norms(self, task: Sequence[Encoded], model: nn.Module, pad_id: int, costs: Costs,
+               folder: Path | None) -> NDArray[np.float64]:
         """s of every row [N], from the folder if it is there."""
         costs.backward_tokens += 2 * sum(len(row.input_ids) for row in task)
         file = None if folder is None else folder / f"{self.name}.json"
@@ -136,15 +137,16 @@ def _row_norms(model: nn.Module, rows: Sequence[Encoded], pad_id: int, together:
 
 
 def squared_norms(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    r""":math:`\lVert\nabla_E\ell_i\rVert_F^2` and :math:`\lVert\nabla_W\ell_i\rVert_F^2` of every row of a batch, [B] each, float64.
+    r""":math:`\lVert\nabla_E\ell_i\rVert_F^2` and :math:`\lVert\nabla_W\ell_i\rVert_F^2` of every row of a batch, [B] each.
 
-    From one forward and backward pass that forms neither gradient: with :math:`a_t` and :math:`\delta_t` the gradients of ℓ at the
-    head's output and at the embeddings' output, and h the states before the head,
+    From one forward and backward pass that forms neither gradient: with :math:`a_t` and :math:`\delta_t` the gradients of ℓ at
+    the head's output and at the embeddings' output, and h the states before the head,
 
     .. math:: \lVert\nabla_W\ell\rVert_F^2=\sum_{t,u}(a_t^\top a_u)(h_t^\top h_u),\qquad
        \lVert\nabla_E\ell\rVert_F^2=\sum_v\Big\lVert\sum_{t:x_t=v}\delta_t\Big\rVert^2.
 
-    Weights need not be trainable, and may be tied: each role has a norm of its own. In the model's own precision, in eval mode.
+    Weights need not be trainable, and may be tied: each role has a norm of its own. In the model's own precision, in eval mode;
+    summed in float64.
     """
     seen: dict[str, Any] = {}
 

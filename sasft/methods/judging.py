@@ -62,8 +62,8 @@ def grades(workshop: Workshop, method: str, questions: Mapping[str, str], *, thi
     the expected grade rather than the one most probable: no verdict that can't be read, and few ties. ``think_tokens``: most
     tokens of a greedy reasoning that the grade is conditioned on; 0 grades at once. Both, and the wording, are our choices.
 
-    Grades are kept in ``<folder>/<method>-grades.jsonl``, from which a stopped run goes on. Cost: a forward pass over question and
-    reasoning each, and the reasoning's tokens.
+    Grades are kept in ``<folder>/<method>-grades.jsonl``, from which a stopped run goes on. Cost: a forward pass over question
+    and reasoning each, and the reasoning's tokens.
     """
     chat, writer = workshop.chat, workshop.writer
     prompts = {name: chat.prompt_ids(({"role": "user", "content": text},)) for name, text in questions.items()}
@@ -91,7 +91,8 @@ def grades(workshop: Workshop, method: str, questions: Mapping[str, str], *, thi
                 scored = subject.loglikelihoods([(prompts[name], verdict) for name in names for verdict in verdicts])
                 p = torch.tensor(scored, dtype=torch.float64).view(len(names), len(verdicts)).softmax(1)
                 expected = (p @ torch.tensor([*_GRADES], dtype=torch.float64)).tolist()
-                new = {name: (grade - _GRADES[0]) / (_GRADES[-1] - _GRADES[0]) for name, grade in zip(names, expected, strict=True)}
+                new = {name: (grade - _GRADES[0]) / (_GRADES[-1] - _GRADES[0])
+                       for name, grade in zip(names, expected, strict=True)}
                 sink.write([{"id": name, "grade": grade} for name, grade in new.items()])
                 found |= new
                 bar.update(len(new))

@@ -22,8 +22,8 @@ from sasft.writing import Job
 
 _RATES = {"char": 0.05, "word": 0.1, "sentence": 1.0}
 _LENGTHS = 0.5, 2.0  # of a paraphrase over the original, in characters
-_PARAPHRASE = """Rewrite the following request in other words. Keep its meaning, and copy every number, name and piece of code as it \
-stands. Do not answer it; write nothing but the rewritten request.
+_PARAPHRASE = """Rewrite the following request in other words. Keep its meaning, and copy every number, name and piece of code \
+as it stands. Do not answer it; write nothing but the rewritten request.
 
 {text}"""
 
@@ -41,9 +41,9 @@ class Perturbed(Method):
     - ``sentence``: the last user turn of a share ``rate`` of the rows, paraphrased by the model to be trained. One that
       :func:`refused` finds fault with is not taken: the row stays as it is.
 
-    Code, numbers, names and identifiers stay byte for byte (:func:`sasft.perturb.free_words`), so prompts that are nothing but code,
-    docstrings included, stay whole. What happens to a row follows from the run's seed and the row's id. ``rate=0`` is SFT. Typing
-    errors break words into more tokens, so prompts get longer.
+    Code, numbers, names and identifiers stay byte for byte (:func:`sasft.perturb.free_words`), so prompts that are nothing but
+    code, docstrings included, stay whole. What happens to a row follows from the run's seed and the row's id. ``rate=0`` is SFT.
+    Typing errors break words into more tokens, so prompts get longer.
 
     Cost: none; for ``sentence``, one generation a row. ``perturbed.json`` says how many rows have changed.
     """
@@ -53,8 +53,8 @@ class Perturbed(Method):
     writes: ClassVar[bool] = True
 
     level: Literal["char", "word", "sentence"] = option("char", f"what is perturbed: {', '.join(_RATES)}")
-    rate: float | None = option(None, "share of letters, words or rows that change, in [0, 1]; none: 0.05 of letters, 0.1 of words, all "
-                                      "rows; 0 is SFT")
+    rate: float | None = option(None, "share of letters, words or rows that change, in [0, 1]; none: 0.05 of letters, 0.1 of "
+                                      "words, all rows; 0 is SFT")
     temperature: float = option(0.7, "temperature of the paraphrases")
     top_p: float = option(0.9, "nucleus of the paraphrases")
     max_new_tokens: int = option(256, "length cap of the paraphrases")
@@ -111,8 +111,8 @@ class Perturbed(Method):
 def refused(paraphrase: Row, original: str, answer: str) -> str | None:
     """Why a paraphrase is not taken, the first reason; None if it is.
 
-    It was cut; it is less than half or more than twice as long; it lost what is fixed, or has numbers or code of its own; it is no
-    question although the original is one, or the other way round; it gives the answer away.
+    It was cut; it is less than half or more than twice as long; it lost what is fixed, or has numbers or code of its own; it is
+    no question although the original is one, or the other way round; it gives the answer away.
 
     >>> said = Row("1", "task", (), "How much is 3 apples at 2 dollars?")
     >>> refused(said, "What do 3 apples cost at 2 dollars?", "6"), refused(said, "What do 4 apples cost at 2 dollars?", "8")

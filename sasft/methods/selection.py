@@ -32,10 +32,11 @@ class SLearnLlm(Method):
 
     with a grade r in [0, 1]. Source: arXiv 2505.17470, where the model grades itself by a chain of thought. Its prompt,
     threshold and decoding are not known; our choices: greedy answers; rules where they will do (``exact``: the same words;
-    ``contains``: the reference's words among others; ``number``: the same last number; ``rouge``: ROUGE-L F1), the model's own grade (:func:`sasft.methods.judging.grades`, after
-    at most ``think_tokens`` of reasoning) with ``self``; the mark m. A small model is no judge: ``self`` says how often it agrees
-    with the rule ``exact``. The method keeps the rows of highest loss, for efficiency; it claims nothing about forgetting. Where
-    the model answers nothing rightly it is SFT, as it is for m > 1. Which rows are chosen does not depend on their order.
+    ``contains``: the reference's words among others; ``number``: the same last number; ``rouge``: ROUGE-L F1), and with ``self``
+    the model's own grade (:func:`sasft.methods.judging.grades`, after at most ``think_tokens`` of reasoning); the mark m. A small
+    model is no judge: the report says how often the grader agrees with the rule ``exact``. The method keeps the rows of highest
+    loss, for efficiency; it claims nothing about forgetting. Where the model answers nothing rightly it is SFT, as it is for
+    m > 1. Which rows are chosen does not depend on their order.
 
     Cost: an answer to every task row, and with ``self`` a reasoning and a forward pass on it. ``slearnllm.json`` has the grades.
     """
@@ -44,7 +45,8 @@ class SLearnLlm(Method):
     paper: ClassVar[str] = "arXiv 2505.17470"
     writes: ClassVar[bool] = True
 
-    grader: Literal["exact", "contains", "number", "rouge", "self"] = option("exact", f"who says what is right: {', '.join(GRADERS)}")
+    grader: Literal["exact", "contains", "number", "rouge", "self"] = option(
+        "exact", f"who says what is right: {', '.join(GRADERS)}")
     pass_mark: float = option(0.5, "grade from which an answer is right, > 0; above 1 none is, which is SFT")
     max_new_tokens: int = option(256, "length cap of the answers that are graded")
     think_tokens: int = option(128, "length cap of the reasoning before a grade of the grader self; 0 for none")
@@ -63,7 +65,8 @@ class SLearnLlm(Method):
             return found
         task = found[TASK]
         if self.grader == "number" and (without := next((row for row in task if not numbers(row.response)), None)):
-            raise UsageError(f"grader=number compares last numbers, but the answer of row {without.id} has none; take another grader")
+            raise UsageError(f"grader=number compares last numbers, but the answer of row {without.id} has none; take another "
+                             "grader")
         keys = [_key(row) for row in task]
         jobs = {key: Job(key, tuple(row.prompt), row_seed(workshop.seed, self.name, key))
                 for key, row in zip(keys, task, strict=True)}
@@ -164,15 +167,15 @@ def _sampler_of(rows: Sequence[Row], workshop: Workshop) -> Sampler:
                          "`sasft talk`")
     named = [row.meta.get("sampler") for row in rows]
     if None in named:
-        raise UsageError(f"self row {rows[named.index(None)].id} names no sampler, and improved draws its other candidates with the "
-                         "one that wrote the first; take rows as `sasft talk` writes them")
+        raise UsageError(f"self row {rows[named.index(None)].id} names no sampler, and improved draws its other candidates with "
+                         "the one that wrote the first; take rows as `sasft talk` writes them")
     if other := next((row for row, sampler in zip(rows, named, strict=True) if sampler != named[0]), None):
-        raise UsageError(f"self rows {rows[0].id} and {other.id} name different samplers, {named[0]} and {other.meta['sampler']}; "
-                         "improved needs rows of one sampler")
+        raise UsageError(f"self rows {rows[0].id} and {other.id} name different samplers, {named[0]} and "
+                         f"{other.meta['sampler']}; improved needs rows of one sampler")
     mine = workshop.writer.provenance.get("weights_sha256") if workshop.writer else None
     if other := next((row for row in rows if row.meta.get("weights_sha256") not in (None, mine)), None):
-        raise UsageError(f"self row {other.id} was written by another model (its weights_sha256 differs); improved needs answers of "
-                         "the model that is trained")
+        raise UsageError(f"self row {other.id} was written by another model (its weights_sha256 differs); improved needs answers "
+                         "of the model that is trained")
     ids = [row.id for row in rows]
     if len(set(ids)) < len(ids):
         raise UsageError(f"two self rows have the id {next(i for i in ids if ids.count(i) > 1)}; give each one of its own")

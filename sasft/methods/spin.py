@@ -65,7 +65,8 @@ class Spin(Method):
     def objective(self, model: nn.Module, rows: Mapping[str, Sequence[Encoded]], pad_id: int, costs: Costs) -> Objective | None:
         return None if self.weight == 0 else _Spin(self, model, rows, pad_id, costs)
 
-    def _answers(self, model: nn.Module, rows: Sequence[Encoded], pad_id: int, costs: Costs, folder: Path | None) -> list[Encoded]:
+    def _answers(self, model: nn.Module, rows: Sequence[Encoded], pad_id: int, costs: Costs,
+                 folder: Path | None) -> list[Encoded]:
         order = sorted(range(len(rows)), key=lambda i: rows[i].start)
         found: dict[int, Encoded] = {}
         with first_goes_first(), ExitStack() as stack:  # the others find the answers that it has written
