@@ -6,6 +6,7 @@ It sets up the instruments, calls :func:`sasft.trainer.fit` and leaves a folder 
 import json
 import shutil
 import sys
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -195,9 +196,11 @@ def train(settings: TrainSettings) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Material:
-    """What a run is made of: rows by source as they are read, their files' hashes, and the mix that they come from, if any."""
+    """What a run is made of: rows by source as they are read, those held out of it, their files' hashes, and the mix that they come
+    from, if any."""
 
     rows: Mapping[str, Sequence[Row]]
+    held_out: Mapping[str, Sequence[Row]]
     sha256: Mapping[str, Any]
     mixture: Mixture | None = None
 
@@ -208,12 +211,16 @@ def read_material(settings: TrainSettings) -> Material:
         mixture = read_mixture(settings.mix)
         report = json.loads((Path(settings.mix) / "mix.json").read_text(encoding="utf-8"))
         hashes = {name: report[name] for name in ("rows_sha256", "held_out")}
-        return Material({TASK: [], SELF: [], **mixture.rows}, hashes, mixture)
+        return Material({TASK: [], SELF: [], **mixture.rows}, {TASK: [], SELF: [], **mixture.held_out}, hashes, mixture)
     own = {SELF: settings.self_data} if settings.self_data else {}
     files = {TASK: settings.task, **own, **settings.chosen_method().files()}
     sources = {name: Source.parse(file) for name, file in files.items()}
-    return Material({TASK: [], SELF: [], **{name: read_rows(source) for name, source in sources.items()}},
-                    {name: source.sha256() for name, source in sources.items()})
+    rows = {TASK: [], SELF: [], **{name: read_rows(source) for name, source in sources.items()}}
+    # Before a method rewrites or selects rows, so that every method is measured on the same.
+    held_out = {}
+    for name in (TASK, SELF):
+        rows[name], held_out[name] = hold_out(rows[name], settings.probe_rows if settings.record_every else 0)
+    return Material(rows, held_out, {name: source.sha256() for name, source in sources.items()})
 
 
 def load(settings: TrainSettings) -> tuple[nn.Module, PreTrainedTokenizerBase]:
@@ -234,21 +241,20 @@ def encode(settings: TrainSettings, material: Material, made: Mapping[str, Seque
     """
     mixture = material.mixture
     rows: Rows = {}
-    held_out: Rows = {TASK: [], SELF: []}
+    held_out: Rows = {}
     reports = []
     limits = {"max_tokens": settings.max_tokens, "too_long": settings.too_long} if mixture is None else mixture.encoding
     for source, read in made.items():
-        encoded, report = encode_rows(read, chat, **limits)
-        rows[source] = encoded
-        if mixture is None and settings.record_every and source in held_out:
-            rows[source], held_out[source] = hold_out(encoded, settings.probe_rows)
-        elif mixture is not None and source in mixture.held_out:
-            held_out[source] = encode_rows(mixture.held_out[source], chat, **limits)[0]
-            if read == mixture.rows[source] and tuple(e.loss_tokens for e in encoded) != mixture.plan.tokens[source]:
-                raise UsageError(f"the rows of {source} have other lengths for {settings.model} than {settings.mix} was laid out "
-                                 f"for; mix them for this model: sasft mix --model {settings.model} ...")
+        held = material.held_out.get(source, ())
+        encoded, report = encode_rows([*read, *held], chat, **limits)
+        kept = bisect_left(report.kept_rows, len(read))
+        rows[source], held_out[source] = encoded[:kept], encoded[kept:]
+        if (mixture is not None and source in mixture.held_out and read == mixture.rows[source]
+                and tuple(e.loss_tokens for e in rows[source]) != mixture.plan.tokens[source]):
+            raise UsageError(f"the rows of {source} have other lengths for {settings.model} than {settings.mix} was laid out "
+                             f"for; mix them for this model: sasft mix --model {settings.model} ...")
         if encoded:
-            reports.append(f"{source}: {report}; {len(held_out.get(source, ()))} held out to measure on")
+            reports.append(f"{source}: {report}; {len(held_out[source])} held out to measure on")
     return rows, held_out, reports
 
 

@@ -5,6 +5,7 @@ import random
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ from transformers import TrainerCallback
 
 import drift
 import sasft.methods
-from sasft.chat import Encoded, collate
+from sasft.chat import Chat, Encoded, collate
+from sasft.data import read_rows
 from sasft.errors import UsageError
 from sasft.methods import Costs, response_loss
 from sasft.mixing import SELF, TASK, Plan, make_plan, mix
@@ -252,6 +254,17 @@ def test_rows_too_long_are_counted_and_refused_or_treated_as_chosen(folder: Path
         file.write(json.dumps(long) + "\n")
     train(settings(folder, max_tokens=120, too_long="drop", out=str(folder / "drop")))
     assert "dropped" in capsys.readouterr().err
+
+
+def test_what_is_measured_on_is_set_aside_before_a_method_makes_rows(folder: Path) -> None:
+    asked = settings(folder, probe_rows=3, record_every=1)
+    material = MODULE.read_material(asked)
+    read = read_rows(folder / "task.jsonl")
+    assert [r.id for r in material.held_out["task"]] == [r.id for r in read[-3:]] and list(material.rows["task"]) == read[:-3]
+    chat = Chat(MODULE.load(asked)[1])
+    rewritten = {name: [replace(row, response="No.", response_ids=None) for row in rows] for name, rows in material.rows.items()}
+    as_they_came, made = (MODULE.encode(asked, material, rows, chat) for rows in (material.rows, rewritten))
+    assert made[1] == as_they_came[1] and made[0]["task"] != as_they_came[0]["task"]
 
 
 @pytest.mark.parametrize("kwargs, message", [
