@@ -117,13 +117,14 @@ def call(job: Job, threads: int) -> str | None:
 
 def _apart(tell: connection.Connection, job: Job, threads: int, gpu: str | None) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; the first one ends the others
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     tell.send(call(job, threads))
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
+    """End this process when the one that has started it is no more; runs in a thread of its own."""
     parent_process().join()
     os._exit(1)  # a killed parent can't stop its workers, and nobody would wait for what they do
 

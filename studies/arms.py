@@ -3,14 +3,13 @@
 import ctypes
 import gc
 import json
-import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from sasft.files import write_json
 from sasft.mixing import SELF, TASK, Plan, make_plan
 from sasft.models import load_model
 from sasft.trainer import FitSettings, fit
+from sasft.workers import end_with_parent
 from studies.stats import Scores
 
 _EVAL_ROWS = 8
@@ -128,14 +128,9 @@ _worker: "Worker"
 
 def _start_worker(job: Job) -> None:
     global _worker
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(job.threads)
     _worker = Worker(job)
-
-
-def _end_with_parent() -> None:
-    parent_process().join()
-    os._exit(1)  # a killed parent can't stop its workers, and nobody would wait for what they do
 
 
 def _run_one(arm: str, seed: int) -> str:

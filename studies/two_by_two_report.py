@@ -10,7 +10,7 @@ import numpy as np
 import drift
 from studies.arms import scores
 from studies.figures import DARK, LIGHT, MARKERS, MIDDLE, error_bars, new_figure, save
-from studies.stats import Effect, Scores, over_seeds_and_items, factorial, verdict
+from studies.stats import Effect, Scores, factorial, over_seeds_and_items, verdict
 from studies.two_by_two_predictions import KL_PROBES, MEAN, PREDICTIONS, RIVALS, SAMPLERS, SESOI_SHARE, prediction_id
 
 MAIN_PROBE = "self_exact"

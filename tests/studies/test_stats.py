@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from studies.claims import Prediction
-from studies.stats import Effect, Scores, over_seeds_and_items, config_hash, factorial, judge, judge_range, verdict
+from studies.stats import Effect, Scores, config_hash, factorial, judge, judge_range, over_seeds_and_items, verdict
 
 
 def draw(rng: np.random.Generator, seeds: int, items: int, mean: float, seed_noise: np.ndarray, item_noise: np.ndarray) -> Scores:

@@ -52,7 +52,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     processes = spawn(_work, (str(folder), port), nprocs=2, join=False)
-    until = time.monotonic() + 120
+    until = time.monotonic() + 300
     while not processes.join(timeout=5):
         if time.monotonic() > until:
             for process in processes.processes:

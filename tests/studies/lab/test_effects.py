@@ -13,7 +13,7 @@ from studies.lab.experiment import LAMBDAS, TASK_ONLY
 from studies.lab.predictions import PREDICTIONS
 from studies.stats import judge, over_seeds
 from tests.studies.lab import hand
-from tests.studies.lab.hand import N, SPREAD
+from tests.studies.lab.hand import SPREAD, N
 
 MEAN = SPREAD * (N - 1) / 2  # what seeds add, on average
 

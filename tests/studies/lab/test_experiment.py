@@ -8,7 +8,21 @@ import torch
 
 from studies.lab import world
 from studies.lab.descent import descend
-from studies.lab.experiment import DISTANCES, LAMBDAS, TASK_ONLY, Arm, Bases, Setup, cell, main_arms, measure, mixed, rows_of_cell, self_rows, train
+from studies.lab.experiment import (
+    DISTANCES,
+    LAMBDAS,
+    TASK_ONLY,
+    Arm,
+    Bases,
+    Setup,
+    cell,
+    main_arms,
+    measure,
+    mixed,
+    rows_of_cell,
+    self_rows,
+    train,
+)
 from studies.lab.model import flat, log_probs, unflat
 from studies.lab.tree import RESPONSES, WELL_FORMED, content, flow, response_probabilities
 from tests.studies.lab import tiny
@@ -38,8 +52,8 @@ def test_bases_depend_on_what_they_are_trained_on_alone() -> None:
 @pytest.mark.parametrize("share, new", [(0.0, []), (1 / 3, [0]), (2 / 3, [0, 1]), (1.0, [0, 1, 2])])
 def test_a_share_of_each_topic_s_facts_is_new(share: float, new: list[int]) -> None:
     bases = small(share=share)
-    for seed, world in enumerate(bases.worlds):
-        expected = [world.new_facts[x].item() if x % 3 in new else world.facts[x].item() for x in range(9)]
+    for seed, drawn in enumerate(bases.worlds):
+        expected = [drawn.new_facts[x].item() if x % 3 in new else drawn.facts[x].item() for x in range(9)]
         assert bases.truth(seed).tolist() == expected
 
 
