@@ -41,7 +41,8 @@ class Request:
 
     def examples(self, pool: Sequence[Example], question: str) -> list[Example]:
         """The first ``shots`` of the worked examples that do not ask the item's own question (case and blanks aside)."""
-        others = (example for example in pool if _same(example[0]) != _same(question))
+        own = _same(question)
+        others = (example for example in pool if _same(example[0]) != own)
         shown = list(islice(others, self.shots))
         if len(shown) < self.shots:
             raise UsageError(f"suite {self.spec!r} asks for {self.shots} shots, but there are {len(shown)} examples to show "

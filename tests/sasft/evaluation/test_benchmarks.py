@@ -1,6 +1,5 @@
 """Every suite from small files of the public sets' shape: prompts, gold, clusters, worked examples; faulty files; the hub."""
 
-import json
 import os
 import sys
 from collections.abc import Callable
@@ -318,6 +317,6 @@ def test_the_real_sets(spec: str, n: int) -> None:
     assert len(suite.items) == n
     for item in suite.items:
         *shown, asked = [m["content"] for m in item.prompt][::2]
-        assert asked not in shown and json.dumps(item.prompt)
+        assert asked not in shown
     if spec == "mmlu@5":
         assert len({i.group for i in suite.items}) == 57 and len({i.cluster for i in suite.items if i.cluster}) < 14042
