@@ -1,4 +1,4 @@
-"""The command line: ``sasft talk | mix | train | evaluate | run``, and ``sasft sweep``, ``sasft show`` and ``sasft restyle`` beside them.
+"""The command line: ``sasft talk | mix | train | evaluate | run``, and beside them ``sasft sweep``, ``show`` and ``restyle``.
 
 Every option is a field of the command's settings, documented there once; ``--config file.yaml`` reads them from a file, and
 options on the command line go before it.
