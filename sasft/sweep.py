@@ -42,7 +42,7 @@ from sasft.files import ensure_writable, sha256_file, write_json
 from sasft.manifest import claim
 from sasft.options import parse
 from sasft.settings import option
-from sasft.train import TrainSettings, train
+from sasft.train import TrainSettings, read_material, train
 from sasft.versions import versions
 from sasft.workers import Ended, Job, in_processes, on_ray
 
@@ -211,6 +211,20 @@ def _check_apart(cells: Sequence[Cell], file: Path | str) -> None:
             raise UsageError(f"{file}: two cells would be named {cell.name}; {why}")
 
 
+def _check_files(cells: Sequence[Cell]) -> None:
+    """Read what unfinished cells train on, each set of files once: what can't be read is told before the first of them begins."""
+    read = set()
+    for cell in cells:
+        if cell.trains and not cell.result.exists():
+            settings = TrainSettings(**cell.train)
+            if (files := (settings.task, settings.self_data, settings.mix, settings.method_options)) not in read:
+                try:
+                    read_material(settings)
+                except UsageError as error:
+                    raise UsageError(f"cell {cell.name}: {error}") from None
+                read.add(files)
+
+
 # --- one cell ---------------------------------------------------------------------------------------------------------
 
 
@@ -252,6 +266,7 @@ def sweep(settings: SweepSettings) -> Sweep:
     """
     out = Path(settings.out)
     cells = read_cells(settings.file, out)
+    _check_files(cells)
     ensure_writable(out)
     hashes: dict[str, str] = {}
     for cell in cells:

@@ -30,6 +30,9 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+TOO_LONG = json.dumps({"prompt": "Say", "response": "it " * 2000}) + "\n"  # can be read, but not trained on
+
+
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Cells run in this process, one after the other; their names as they begin."""
@@ -87,16 +90,23 @@ def test_one_table_of_every_cell_with_what_it_hangs_on(folder: Path, here: list[
 
 
 def test_what_fails_stops_no_other_and_is_tried_again(folder: Path, here: list[str], capsys: pytest.CaptureFixture) -> None:
-    (folder / "bad.jsonl").write_text('{"prompt": "no response"}\n')
+    (folder / "bad.jsonl").write_text(TOO_LONG)
     settings = plan(folder, lam=0, task=[str(folder / "bad.jsonl"), str(folder / "one.jsonl")])
     done = sweep(settings)
-    assert list(done.failed) == ["sft,task=bad"] and "bad.jsonl" in done.failed["sft,task=bad"]
+    assert list(done.failed) == ["sft,task=bad"] and "max_tokens" in done.failed["sft,task=bad"]
     assert {r["cell"] for r in rows_of(folder)} == {"sft,task=one"} and "sft,task=bad failed: UsageError" in capsys.readouterr().err
     assert "Traceback" in (folder / "sweep" / "cells" / "sft,task=bad" / "log.txt").read_text()
-    with pytest.raises(UsageError, match=r"1 of 2 cells failed; the same command tries them again, .*\n  sft,task=bad: UsageError: .*bad.jsonl"):
+    with pytest.raises(UsageError, match=r"1 of 2 cells failed; the same command tries them again, .*\n  sft,task=bad: UsageError: .*max_tokens"):
         done.check()
     here.clear()
     assert list(sweep(settings).failed) == here == ["sft,task=bad"], "what is done is not done again"
+
+
+def test_files_that_cannot_be_read_are_told_before_any_cell_begins(folder: Path, here: list[str]) -> None:
+    settings = plan(folder, task=[str(folder / "one.jsonl"), str(folder / "none.jsonl")], evaluate={"suites": "text"})
+    with pytest.raises(UsageError, match=r"cell sft,task=none: .*none.jsonl can't be read"):
+        sweep(settings)
+    assert not here and not (folder / "sweep").exists()
 
 
 def test_a_stopped_cell_goes_on_and_cells_may_join(folder: Path, here: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,14 +188,14 @@ def test_on_ray_cells_say_what_they_take(folder: Path, monkeypatch: pytest.Monke
 
 
 def test_from_the_command_line(folder: Path, here: list[str], capsys: pytest.CaptureFixture) -> None:
-    (folder / "bad.jsonl").write_text('{"prompt": "no response"}\n')
-    settings = plan(folder, lam=0, record_every=0, task=[str(folder / "bad.jsonl"), str(folder / "one.jsonl")])
+    (folder / "text.txt").write_text("the quick brown fox")
+    settings = plan(folder, lam=0, general_text=[str(folder / "none.txt"), str(folder / "text.txt")])
     assert main(["sweep", "--file", settings.file, "--out", settings.out]) == 2
     said = capsys.readouterr()
     assert said.out.endswith(f"1 of 2 cells done: {folder / 'sweep' / 'sweep.csv'} (sweep.parquet beside it)\n") and "1 of 2 cells failed" in said.err
-    (folder / "bad.jsonl").write_text('{"prompt": "Say", "response": "it"}\n' * 4)
+    (folder / "none.txt").write_text("jumps over the lazy dog")
     assert main(["sweep", "--file", settings.file, "--out", settings.out]) == 0, "what has failed before any work may be mended"
-    assert here == ["sft,task=bad", "sft,task=one", "sft,task=bad"] and "2 of 2 cells done" in capsys.readouterr().out
+    assert here == ["sft,general_text=none", "sft,general_text=text", "sft,general_text=none"] and "2 of 2 cells done" in capsys.readouterr().out
 
 
 def test_in_processes_of_their_own(folder: Path) -> None:
