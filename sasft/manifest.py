@@ -9,8 +9,10 @@ from sasft.errors import UsageError
 from sasft.files import write_json
 
 
-def claim(path: Path, identity: Mapping[str, Any]) -> None:
+def claim(path: Path, identity: Mapping[str, Any], beside: Mapping[str, Any] | None = None) -> None:
     """Write ``identity`` to ``path`` (JSON), or find it there; refuse the folder of a run that differs, saying in what.
+
+    ``beside``: what is written with it, under names of its own, and not compared; the identity then stands under ``identity``.
 
     Values are compared as JSON has them. Raises :class:`UsageError`.
 
@@ -26,8 +28,10 @@ def claim(path: Path, identity: Mapping[str, Any]) -> None:
     """
     now = json.loads(json.dumps(identity))
     if not path.exists():
-        write_json(path, now)
-    elif differing := differences(json.loads(path.read_text(encoding="utf-8")), now):
+        write_json(path, now if beside is None else {"identity": now, **beside})
+        return
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if differing := differences(found if beside is None else found["identity"], now):
         raise UsageError(f"{path.parent} holds another run ({'; '.join(differing)}); name another folder, or remove this one")
 
 

@@ -20,7 +20,7 @@ from sasft.chat import Chat, Encoded
 from sasft.data import Row, encode_rows, read_rows
 from sasft.errors import UsageError
 from sasft.files import ensure_writable, sha256_file, write_json
-from sasft.manifest import differences
+from sasft.manifest import claim
 from sasft.methods import Costs, Method, Workshop, parse_method
 from sasft.mixing import SELF, TASK, Plan, make_plan, mix
 from sasft.mixture import Mixture, hold_out, read_mixture
@@ -149,7 +149,7 @@ def train(settings: TrainSettings) -> dict[str, Any]:
     if settings.general_text:
         hashes["general_text"] = sha256_file(settings.general_text)
     identity = {"settings": {k: v for k, v in asdict(settings).items() if k not in ("out", *_FILES)}, "data_sha256": hashes}
-    _claim(out, identity, {name: getattr(settings, name) for name in _FILES})
+    claim(out / "config.json", identity, {"files": {name: getattr(settings, name) for name in _FILES}, "versions": versions()})
     if (done := out / "summary.json").exists():
         return json.loads(done.read_text(encoding="utf-8"))
 
@@ -281,17 +281,6 @@ def _writer(settings: TrainSettings, model: nn.Module, chat: Chat) -> Writer:
     """The untrained model as it writes for methods that make rows; they choose samplers of their own."""
     provenance = {"model": settings.model, "revision": settings.revision, "weights_sha256": weights_hash(model)}
     return Writer(model=model, chat=chat, sampler=EXACT, provenance=provenance, precision=settings.precision)
-
-
-def _claim(out: Path, identity: dict[str, Any], files: Mapping[str, str | None]) -> None:
-    """Make the folder this run's, or find that it is; refuse a folder that holds another run."""
-    path = out / "config.json"
-    if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))["identity"]
-        if differing := differences(before, json.loads(json.dumps(identity))):
-            raise UsageError(f"{out} holds another run ({'; '.join(differing)}); name another folder, or remove this one")
-    else:
-        write_json(path, {"identity": identity, "files": dict(files), "versions": versions()})
 
 
 def _general_text(path: str | None) -> str | None:
