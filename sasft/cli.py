@@ -17,9 +17,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from sasft import dryrun
 from sasft.chat import Turns
 from sasft.data import encode_rows, read_rows
-from sasft.dryrun import DRY_RUNS
 from sasft.errors import UsageError
 from sasft.evaluation import SUITES, EvaluateSettings
 from sasft.evaluation import run as evaluate
@@ -33,9 +33,12 @@ from sasft.processes import join
 from sasft.restyle import STYLES, restyle
 from sasft.settings import option
 from sasft.sweep import SweepSettings, sweep
+from sasft.sweep_dryrun import of_sweep
 from sasft.talk import TalkSettings, talk
 from sasft.terminal import has_colour, legend, show_row
 from sasft.train import TrainSettings, train
+
+DRY_RUNS = {**dryrun.DRY_RUNS, "sweep": of_sweep}
 
 
 @dataclass(kw_only=True)
@@ -190,6 +193,7 @@ COMMANDS: dict[str, Command] = {
       evaluate: {suites: "instructions,text"}"""),
     "sweep": Command(
         settings=SweepSettings, run=_sweep, examples="""\
+  sasft sweep --file plan.yaml --out sweeps/rates --workers 2 --dry_run
   sasft sweep --file plan.yaml --out sweeps/rates --workers 2
   sasft sweep --file plan.yaml --out sweeps/rates --ray auto --cpus 8 --gpus 1, where plan.yaml holds
       train: {task: [sums.jsonl, letters.jsonl], self_data: self.jsonl, seed: [0, 1, 2], lr: [1e-5, 2e-5]}

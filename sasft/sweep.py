@@ -1,54 +1,41 @@
 """Sweeps: every combination of methods, tasks, seeds, rates or any other settings is trained and evaluated, into one table.
 
-The plan is a YAML file::
-
-    train:                     # settings of `sasft train`; one that is given a list is crossed with the others
-      task: [sums.jsonl, letters.jsonl]
-      self_data: self.jsonl
-      seed: [0, 1, 2]
-      lr: [1e-5, 2e-5]
-    arms:                      # settings that go together, before those of train; may be left out
-      - {name: task-only, lam: 0}
-      - {name: sa-sft, lam: 0.5}
-      - {name: l2-sp, lam: 0, method: l2-sp, method_options: [weight=0.1, weight=1]}
-    evaluate:                  # settings of `sasft evaluate`, for every trained model and the untrained one; may be left out
-      suites: text,task:sums
-
-This one has 48 cells (2 tasks, 3 seeds, 2 rates, and 4 arms as the last has two), and one for the untrained model.
+:mod:`sasft.sweep_plan` says what a plan looks like.
 """
 
 import csv
-import itertools
 import json
 import os
-import re
 import shutil
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import yaml
 from tqdm import tqdm
 
 from sasft.errors import UsageError
 from sasft.evaluation import EvaluateSettings
 from sasft.evaluation import run as run_evaluation
+from sasft.evaluation.run import make_suite
 from sasft.files import ensure_writable, sha256_file, write_json
 from sasft.manifest import claim
-from sasft.options import parse
+from sasft.mixture import load_chat
 from sasft.settings import option
+from sasft.sweep_plan import Cell, read_cells, settings_of
 from sasft.train import TrainSettings, read_material, train
 from sasft.versions import versions
 from sasft.workers import Ended, Job, in_processes, on_ray
 
-_BASE = "base"  # the untrained model's arm
 SCORE = {"suite": str, "metric": str, "value": float, "stderr": float, "n": int, "prompts_sha256": str}
 """The table's last columns. Of a training ``suite`` is "training", and its metrics are what it has recorded last, its last loss and costs."""
+
+# Settings that say what a cell reads.
+_READ = ("task", "self_data", "mix", "general_text", "method", "method_options", "record_every", "probe_rows")
 
 
 @dataclass(kw_only=True)
@@ -81,27 +68,6 @@ class SweepSettings:
         return self.cpus or max(1, (os.cpu_count() or 1) // self.workers)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Cell:
-    """One training with its evaluation, in a folder of its own; ``train`` and ``evaluate`` are the settings of both."""
-
-    name: str
-    arm: str
-    folder: Path
-    train: Mapping[str, Any]
-    evaluate: Mapping[str, Any] | None
-
-    @property
-    def trains(self) -> bool:
-        """Whether there is a training; the untrained model is a cell as well."""
-        return self.arm != _BASE
-
-    @property
-    def result(self) -> Path:
-        """What a finished cell leaves."""
-        return self.folder / "result.json"
-
-
 @dataclass(frozen=True)
 class Sweep:
     """What a sweep has left: the ``table`` (CSV; the same in Parquet beside it), how many ``cells`` it has, and which have ``failed`` of what."""
@@ -121,108 +87,58 @@ class Sweep:
                              f"{self.table.parent}/cells/<cell>/log.txt:{told}")
 
 
-# --- from a file to cells ---------------------------------------------------------------------------------------------
+# --- beforehand -------------------------------------------------------------------------------------------------------
 
 
-def read_cells(file: Path | str, out: Path | str) -> list[Cell]:
-    """The cells of a plan, in its order, the untrained models' first. Raises :class:`UsageError` for what ``sasft train`` would refuse.
+def checked(settings: SweepSettings) -> list[tuple[Cell, dict[str, Any]]]:
+    """The cells with what the results of each hang on; nothing is written.
 
-    >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     plan = Path(folder) / "plan.yaml"
-    ...     _ = plan.write_text("train: {task: t.jsonl, lam: 0, seed: [0, 1]}\\narms: [{name: slow, lr: 1e-6}, {name: both, lr: [1e-5, 1e-4]}]")
-    ...     [cell.name for cell in read_cells(plan, folder)]
-    ['slow,seed=0', 'slow,seed=1', 'both,seed=0,lr=1e-5', 'both,seed=0,lr=1e-4', 'both,seed=1,lr=1e-5', 'both,seed=1,lr=1e-4']
+    Raises :class:`UsageError` for what a plan, a file or a folder lacks, and for cells that are there with other settings.
     """
-    plan = _read(Path(file))
-    folder, evaluate, found = Path(out) / "cells", plan.get("evaluate"), []
-    for arm in plan.get("arms", [{}]):
-        given = {**plan["train"], **arm}
-        arm_name = str(given.pop("name", given.get("method", TrainSettings.method)))
-        if arm_name == _BASE:
-            raise UsageError(f"{file}: an arm is named {_BASE!r}, which the untrained model is; give it another name")
-        crossed = {name: values for name, values in given.items() if isinstance(values, list)}
-        for values in itertools.product(*crossed.values()):
-            chosen = dict(zip(crossed, values, strict=True))
-            name = ",".join([_plain(arm_name), *(f"{k}={_short(value)}" for k, value in chosen.items())])
-            settings = asdict(_settings(TrainSettings, {**given, **chosen}, f"{file}, {name}", folder / name / "run"))
-            found.append(Cell(name=name, arm=arm_name, folder=folder / name, train=settings, evaluate=evaluate))
-    if evaluate is not None:
-        if own := {"model", "revision"} & evaluate.keys():
-            raise UsageError(f"{file}, evaluate: {', '.join(own)} is given, but the sweep evaluates the models that it trains; leave it out")
-        _settings(EvaluateSettings, evaluate, f"{file}, evaluate", folder)
-        found = [*_bases(found, evaluate, folder), *found]
-    _check_apart(found, file)
+    cells, hashes = read_cells(settings.file, settings.out), {}
+    _check_files([cell for cell in cells if not cell.result.exists()])
+    found = [(cell, _identity(cell, hashes)) for cell in cells]
+    for cell, identity in found:
+        # One that failed before any work is not held to its settings: a file is mended perhaps.
+        if begun(cell) and (path := cell.folder / "cell.json").exists():
+            claim(path, identity)
     return found
 
 
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        plan = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UsageError(f"file {file} can't be read: {error}") from None
-    if not isinstance(plan, dict) or not isinstance(plan.get("train"), dict) or not plan.keys() <= {"train", "arms", "evaluate"}:
-        raise UsageError(f"file {file} must hold `train:` with settings below it, and may hold `arms:` (a list of settings) and `evaluate:`; "
-                         f"it holds {', '.join(map(str, plan)) if isinstance(plan, dict) else type(plan).__name__}")
-    arms = plan.get("arms", [{}])
-    if not isinstance(arms, list) or not arms or not all(isinstance(arm, dict) for arm in arms):
-        raise UsageError(f"arms in {file} must be a list of settings, one entry an arm, got {arms!r}")
-    if not isinstance(plan.get("evaluate", {}), dict):
-        raise UsageError(f"evaluate in {file} must be settings of `sasft evaluate`, got {plan['evaluate']!r}")
-    for part in (plan["train"], *arms):
-        if empty := [name for name, value in part.items() if value == []]:
-            raise UsageError(f"{empty[0]} in {file} is an empty list, so there would be no cell; give a value, or a list of some")
-    return plan
-
-
-def _settings(kind: type, given: Mapping[str, Any], where: str, out: Path) -> Any:
-    """Settings as the command line would take them; ``where`` says whose they are."""
-    if "out" in given:
-        raise UsageError(f"{where}: out is given, but the sweep makes a folder for every cell; leave it out")
-    parts = [([f"--{name}", *map(str, value)] if isinstance(value, list) else [f"--{name}={value}"]) for name, value in given.items() if value is not None]
-    try:
-        return parse(kind, [f"--out={out}", *itertools.chain(*parts)], prog=where)[0]
-    except UsageError as error:
-        raise UsageError(str(error) if str(error).startswith(where) else f"{where}: {error}") from None
-
-
-def _short(value: Any) -> str:
-    """A value as a part of a folder's name; of a path its last part, without its ending."""
-    return _plain(Path(value).stem if isinstance(value, str) and ("/" in value or re.search(r"\.[A-Za-z]\w*$", value)) else str(value))
-
-
-def _plain(text: str) -> str:
-    return re.sub(r"[^\w.,=+-]+", "_", text)
-
-
-def _bases(cells: Iterable[Cell], evaluate: Mapping[str, Any], folder: Path) -> list[Cell]:
-    """The untrained models, which drops are drops from."""
-    models = list({(c.train["model"], c.train["revision"]): None for c in cells})
-    names = [_BASE if len(models) == 1 else f"{_BASE},model={_short(m)}{f',revision={_short(r)}' if r else ''}" for m, r in models]
-    return [Cell(name=name, arm=_BASE, folder=folder / name, train={"model": m, "revision": r}, evaluate=evaluate)
-            for name, (m, r) in zip(names, models, strict=True)]
-
-
-def _check_apart(cells: Sequence[Cell], file: Path | str) -> None:
-    of: dict[Path, Cell] = {}
-    for cell in cells:
-        if (other := of.setdefault(cell.folder, cell)) is not cell:
-            why = "they are the same" if other.train == cell.train else "give the arms different names, and the files different ones too"
-            raise UsageError(f"{file}: two cells would be named {cell.name}; {why}")
-
-
 def _check_files(cells: Sequence[Cell]) -> None:
-    """Read what unfinished cells train on, each set of files once: what can't be read is told before the first of them begins."""
+    """Read what the cells will read, each set of files once: what can't be read is told before the first of them begins."""
     read = set()
     for cell in cells:
-        if cell.trains and not cell.result.exists():
+        if cell.trains:
             settings = TrainSettings(**cell.train)
-            if (files := (settings.task, settings.self_data, settings.mix, settings.method_options)) not in read:
+            files = tuple(cell.train[name] for name in _READ)
+            if files not in read:
                 try:
                     read_material(settings)
+                    if settings.general_text:
+                        sha256_file(settings.general_text)
                 except UsageError as error:
                     raise UsageError(f"cell {cell.name}: {error}") from None
                 read.add(files)
+    for evaluated in evaluations(cells).values():
+        chat = load_chat(evaluated.model, evaluated.revision)
+        for suite in filter(None, map(str.strip, evaluated.suites.split(","))):
+            try:
+                make_suite(suite, chat, evaluated)
+            except UsageError as error:
+                raise UsageError(f"evaluate, {suite}: {error}") from None
+
+
+def evaluations(cells: Sequence[Cell]) -> dict[tuple[str, str | None], EvaluateSettings]:
+    """The evaluation of each untrained model, by its name and revision."""
+    models = {(c.train["model"], c.train["revision"]): c for c in cells if c.evaluate is not None}
+    return {(model, revision): settings_of(EvaluateSettings, {**cell.evaluate, "model": model, "revision": revision}, cell.name, cell.folder)
+            for (model, revision), cell in models.items()}
+
+
+def begun(cell: Cell) -> bool:
+    """Whether there is work of an earlier call in its folder."""
+    return cell.result.exists() or any(cell.folder.glob("*/config.json"))
 
 
 # --- one cell ---------------------------------------------------------------------------------------------------------
@@ -238,7 +154,7 @@ def run_cell(cell: Cell) -> None:
         hashes = {**config["identity"]["data_sha256"], "weights": summary["weights_sha256"]}
         scores, tested = _of_training(summary), {"model": str(run / "model")}
     if cell.evaluate is not None:
-        found = run_evaluation(_settings(EvaluateSettings, {**cell.evaluate, **tested}, cell.name, cell.folder / "evaluation"))
+        found = run_evaluation(settings_of(EvaluateSettings, {**cell.evaluate, **tested}, cell.name, cell.folder / "evaluation"))
         hashes["weights"] = found["identity"]["weights_sha256"]
         scores += [{"suite": suite, "metric": metric, "value": s["score"], "stderr": s["stderr"], "n": s["n"], "prompts_sha256": part["prompts_sha256"]}
                    for suite, part in found["suites"].items() for metric, s in part["scores"].items()]
@@ -264,16 +180,12 @@ def sweep(settings: SweepSettings) -> Sweep:
 
     Raises :class:`UsageError` before any work for what a plan, a file or a folder lacks, and for cells that are there with other settings.
     """
-    out = Path(settings.out)
-    cells = read_cells(settings.file, out)
-    _check_files(cells)
+    out, found = Path(settings.out), checked(settings)
     ensure_writable(out)
-    hashes: dict[str, str] = {}
-    for cell in cells:
+    cells = [cell for cell, _ in found]
+    for cell, identity in found:
         cell.folder.mkdir(parents=True, exist_ok=True)
-        if not cell.result.exists() and not any(cell.folder.glob("*/config.json")):  # it failed before any work, of a file perhaps that is mended now
-            (cell.folder / "cell.json").unlink(missing_ok=True)
-        claim(cell.folder / "cell.json", _identity(cell, hashes))
+        write_json(cell.folder / "cell.json", identity)
     todo = [Job(run_cell, (cell,), cell.folder / "log.txt") for cell in cells if not cell.result.exists()]
     failed: dict[str, str] = {}
     with (closing(_run(todo, settings)) as ended,  # what runs is ended whatever happens here

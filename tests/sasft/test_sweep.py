@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -9,13 +10,19 @@ import pytest
 import yaml
 
 import sasft.sweep
+import sasft.sweep_dryrun
+import sasft.sweep_plan
 from sasft.cli import main
+from sasft.costing import TrainingCost
+from sasft.dryrun import Forecast, of_training
 from sasft.errors import UsageError
 from sasft.evaluation import EvaluateSettings
 from sasft.evaluation import run as evaluation
 from sasft.files import sha256_file
 from sasft.models import load_model, weights_hash
-from sasft.sweep import SweepSettings, read_cells, sweep
+from sasft.sweep import SweepSettings, sweep
+from sasft.sweep_dryrun import of_sweep
+from sasft.sweep_plan import read_cells
 from sasft.train import TrainSettings, train
 from sasft.workers import call
 from tests.sasft import tiny_chat
@@ -102,11 +109,25 @@ def test_what_fails_stops_no_other_and_is_tried_again(folder: Path, here: list[s
     assert list(sweep(settings).failed) == here == ["sft,task=bad"], "what is done is not done again"
 
 
-def test_files_that_cannot_be_read_are_told_before_any_cell_begins(folder: Path, here: list[str]) -> None:
-    settings = plan(folder, task=[str(folder / "one.jsonl"), str(folder / "none.jsonl")], evaluate={"suites": "text"})
-    with pytest.raises(UsageError, match=r"cell sft,task=none: .*none.jsonl can't be read"):
-        sweep(settings)
+@pytest.mark.parametrize(("changed", "message"), [
+    ({"task": ["one.jsonl", "none.jsonl"]}, r"cell sft,task=none: .*none.jsonl can't be read"),
+    ({"general_text": ["model/config.json", "none.txt"]}, r"cell sft,general_text=none: .*none.txt can't be read"),
+    ({"evaluate": {"suites": "text, rows:none.jsonl"}}, r"evaluate, rows:none.jsonl: none.jsonl can't be read"),
+])
+def test_files_that_cannot_be_read_are_told_before_any_cell_begins(folder: Path, here: list[str], monkeypatch, changed: dict, message: str) -> None:
+    monkeypatch.chdir(folder)
+    settings = plan(folder, **{"task": "one.jsonl", **changed})
+    for action in (sweep, of_sweep):
+        with pytest.raises(UsageError, match=message):
+            action(settings)
     assert not here and not (folder / "sweep").exists()
+
+
+def test_cells_that_never_began_are_not_held_to_their_settings(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sasft.sweep, "in_processes", lambda *_: (_ for _ in ()))
+    for steps in (2, 3):
+        sweep(plan(folder, lam=0, steps=steps))
+        assert json.loads((folder / "sweep" / "cells" / "sft" / "cell.json").read_text())["train"]["steps"] == steps
 
 
 def test_a_stopped_cell_goes_on_and_cells_may_join(folder: Path, here: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,7 +137,7 @@ def test_a_stopped_cell_goes_on_and_cells_may_join(folder: Path, here: list[str]
     settings = plan(folder, lam=0, evaluate={"suites": "text"}, save_model=False)
     with monkeypatch.context() as patch:
         patch.setattr(sasft.sweep, "run_evaluation", stop)
-        patch.setattr(sasft.sweep, "_bases", lambda *_: [])
+        patch.setattr(sasft.sweep_plan, "_bases", lambda *_: [])
         with pytest.raises(KeyboardInterrupt):
             sweep(settings)
     model = folder / "sweep" / "cells" / "sft" / "run" / "model"
@@ -135,6 +156,8 @@ def test_cells_that_are_there_with_other_settings_or_data_are_refused(folder: Pa
     sweep(plan(folder, lam=0))
     with pytest.raises(UsageError, match=r"cells/sft holds another run \(train.steps is 2, now 3\)"):
         sweep(plan(folder, lam=0, steps=3))
+    with pytest.raises(UsageError, match=r"cells/sft holds another run \(train.steps is 2, now 3\)"):
+        of_sweep(plan(folder, lam=0, steps=3))
     (folder / "one.jsonl").write_text('{"prompt": "Other", "response": "data"}\n')
     with pytest.raises(UsageError, match=r"files.task is '.*', now '"):
         sweep(plan(folder, lam=0))
@@ -153,6 +176,7 @@ def test_cells_that_are_there_with_other_settings_or_data_are_refused(folder: Pa
     ({"arms": [{"name": "base"}]}, "an arm is named 'base', which the untrained model is"),
     ({"seed": [1, 1]}, "two cells would be named sft,seed=1; they are the same"),
     ({"arms": "all"}, "arms in .* must be a list of settings, one entry an arm, got 'all'"),
+    ({"method_options": "weight=1"}, "the method sft has no option 'weight'; it is an option of .*l2-sp"),
     ({"method": "sftt"}, "there is no method 'sftt'. Did you mean sft"),
     ({"evaluate": {"suites": "text", "model": "m"}}, "plan.yaml, evaluate: model is given, but the sweep evaluates the models that it trains"),
     ({"evaluate": {"limit": -1}}, "plan.yaml, evaluate: limit must be at least 0, got -1"),
@@ -188,14 +212,69 @@ def test_on_ray_cells_say_what_they_take(folder: Path, monkeypatch: pytest.Monke
 
 
 def test_from_the_command_line(folder: Path, here: list[str], capsys: pytest.CaptureFixture) -> None:
-    (folder / "text.txt").write_text("the quick brown fox")
-    settings = plan(folder, lam=0, general_text=[str(folder / "none.txt"), str(folder / "text.txt")])
+    (folder / "bad.jsonl").write_text(TOO_LONG)
+    settings = plan(folder, lam=0, task=[str(folder / "bad.jsonl"), str(folder / "one.jsonl")])
     assert main(["sweep", "--file", settings.file, "--out", settings.out]) == 2
     said = capsys.readouterr()
     assert said.out.endswith(f"1 of 2 cells done: {folder / 'sweep' / 'sweep.csv'} (sweep.parquet beside it)\n") and "1 of 2 cells failed" in said.err
-    (folder / "none.txt").write_text("jumps over the lazy dog")
-    assert main(["sweep", "--file", settings.file, "--out", settings.out]) == 0, "what has failed before any work may be mended"
-    assert here == ["sft,general_text=none", "sft,general_text=text", "sft,general_text=none"] and "2 of 2 cells done" in capsys.readouterr().out
+    plan(folder, lam=0, task=[str(folder / "one.jsonl")])
+    assert main(["sweep", "--file", settings.file, "--out", settings.out]) == 0
+    assert here == ["sft,task=bad", "sft,task=one"] and "1 of 1 cells done" in capsys.readouterr().out
+
+
+def test_a_dry_run_says_what_there_is_to_do_and_what_is_done_and_leaves_nothing(folder: Path, here: list[str], capsys: pytest.CaptureFixture) -> None:
+    (folder / "text.txt").write_text("the quick brown fox")
+    arms = [{"name": "task only", "seed": 0}, {"method": "l2-sp", "method_options": ["weight=1", "weight=2"]}, {"name": "sa-sft", "lam": 0.5, "lora_rank": 2}]
+    settings = plan(folder, lam=0, seed=[0, 1], lr=[1e-3, 1e-2], arms=arms, evaluate={"suites": f"text:{folder / 'text.txt'}"})
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    assert main(["sweep", "--file", settings.file, "--out", settings.out, "--workers", "2", "--dry_run"]) == 0
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before and not here
+    said = capsys.readouterr().out
+    assert said.startswith("15 cells: 14 trained, 1 untrained to compare with\n  base: 1\n  task only (method sft): 2 = 2 lr\n"
+                           "  l2-sp: 8 = 2 lr × 2 seed × 2 method_options\n  sa-sft (method sft): 4 = 2 lr × 2 seed\n0 of 15 cells are finished, 0 were begun")
+    alone = {lora: of_training(TrainSettings(model=str(folder / "model"), task=str(folder / "one.jsonl"), self_data=str(folder / "self.jsonl"), steps=2,
+                                             rows_per_step=2, probe_rows=1, lam=0.5 if lora else 0, lora_rank=lora, out="x")).text for lora in (0, 2)}
+    kinds = [line.split() for line in said.splitlines() if line.startswith(("  2  ", "  4  "))]
+    assert [(kind[0], kind[-7:-4]) for kind in kinds] == [
+        (n, ["4", "2", re.search(r"([\d,]+) tokens through the model", alone[lora])[1]]) for n, lora in (("2", 0), ("4", 0), ("4", 0), ("4", 2))]
+    assert re.search(r"evaluation of .*model and each model trained from it:\n  text:.*: 1 items", said)
+    assert re.search(r"time: up to about .* for one cell, about .* for all 15 that are left on 2 workers\nmemory: at least .* MiB for the 2 largest trainings", said)
+    assert "nothing was done" in said
+
+
+def test_what_a_dry_run_reckons(folder: Path, here: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two workers take jobs in their order; memory is that of the largest trainings that may meet."""
+    measured = []
+
+    def measure(train: TrainSettings):
+        measured.append(train.method)
+        cost = TrainingCost(tokens=1, seconds_per_token=1.0, optimizer_seconds=1.0, seconds=60.0 if train.method == "sft" else 600.0, weight_bytes=0,
+                            state_bytes=0, activation_bytes=0)
+        return [()], cost, (1 if train.method == "sft" else 3) * 2**30
+
+    monkeypatch.setattr(sasft.sweep_dryrun, "_measured", measure)
+    monkeypatch.setattr(sasft.sweep_dryrun, "of_evaluation", lambda evaluation: Forecast("scores", 30.0))
+    given = {"lam": 0, "arms": [{"method": "l2-sp"}, {"seed": [0, 1, 2]}], "evaluate": {"suites": "text"}}
+    plan(folder, **given)
+    on_two = SweepSettings(file=str(folder / "plan.yaml"), out=str(folder / "sweep"), workers=2)
+    forecast = of_sweep(on_two)
+    assert measured == ["l2-sp", "sft"], "one of each kind"
+    assert forecast.seconds == max(630, 30 + 3 * 90), "the base (30 s) and three trainings beside the long one"
+    assert "up to about 10.5 minutes for one cell, about 10.5 minutes for all 5" in forecast.text
+    assert "at least 4.00 GiB for the 2 largest trainings side by side" in forecast.text
+    assert of_sweep(SweepSettings(file=on_two.file, out=on_two.out, ray="local", cpus=1)).seconds == 630 + 30 + 3 * 90
+    for cell in read_cells(on_two.file, on_two.out)[:2]:
+        cell.folder.mkdir(parents=True)
+        cell.result.write_text("{}")
+    forecast = of_sweep(on_two)
+    assert forecast.seconds == 180 and "2 of 5 cells are finished, 0 were begun" in forecast.text and "2.00 GiB for the 2 largest" in forecast.text
+    for cell in read_cells(on_two.file, on_two.out)[2:]:
+        (cell.folder / "run").mkdir(parents=True)
+        (cell.folder / "run" / "summary.json").write_text("{}")
+    assert of_sweep(on_two).seconds == 60, "trainings that are done are only evaluated"
+    for cell in read_cells(on_two.file, on_two.out)[2:]:
+        cell.result.write_text("{}")
+    assert of_sweep(on_two).seconds == 0 and not here
 
 
 def test_in_processes_of_their_own(folder: Path) -> None:

@@ -1,0 +1,113 @@
+"""What a sweep would do and what it would take, said before it does any of it."""
+
+import heapq
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from drift.names import trainable
+from sasft.chat import Chat
+from sasft.costing import TrainingCost, measure_training
+from sasft.dryrun import Forecast, _gib, _n, _time, of_evaluation
+from sasft.mixing import Plan
+from sasft.sweep import SweepSettings, begun, checked, evaluations
+from sasft.sweep_plan import Cell
+from sasft.terminal import table
+from sasft.train import TrainSettings, encode, lay_out, load, read_material
+
+_TAKE_ALIKE = ("out", "seed", "lr", "schedule", "warmup_steps", "weight_decay", "max_grad_norm", "loss", "save_every", "save_model")
+
+
+def of_sweep(settings: SweepSettings) -> Forecast:
+    """What :func:`sweep` would do and what it would take, after all of its checks; nothing is written.
+
+    Trainings that differ in seeds, rates and the like take alike; one of each kind is measured (:func:`sasft.costing.measure_training`), with as
+    many threads as a cell has and nothing running beside it.
+    """
+    cells = [cell for cell, _ in checked(settings)]
+    todo = [cell for cell in cells if not cell.result.exists()]
+    lines = [*_grid(cells), f"{len(cells) - len(todo)} of {len(cells)} cells are finished, {sum(map(begun, todo))} were begun and go on",
+             "checked: settings, methods with their options, files of rows, suites, and that finished and begun cells are of this plan"]
+    if not todo:
+        return Forecast("\n".join(lines), 0.0)
+    kinds: dict[str, list[Cell]] = {}
+    for cell in todo:
+        if cell.trains and not (cell.folder / "run" / "summary.json").exists():
+            kinds.setdefault(json.dumps({k: v for k, v in cell.train.items() if k not in _TAKE_ALIKE}), []).append(cell)
+    rows = [("cells", "such as", "rows", "steps", "tokens", "time", "memory")]
+    seconds, memory = {cell.name: 0.0 for cell in todo}, {cell.name: 0 for cell in todo}
+    with _on_threads(settings.cores()):
+        for alike in kinds.values():
+            plan, cost, size = _measured(TrainSettings(**alike[0].train))
+            rows.append((str(len(alike)), alike[0].name, str(sum(map(len, plan))), str(len(plan)), f"{cost.tokens:,}", _time(cost.seconds), _gib(size)))
+            seconds.update({cell.name: cost.seconds for cell in alike})
+            memory.update({cell.name: size for cell in alike})
+        tested = {model: of_evaluation(evaluation) for model, evaluation in evaluations(todo).items()}
+    for cell in todo:
+        if cell.evaluate is not None:
+            seconds[cell.name] += tested[cell.train["model"], cell.train["revision"]].seconds or 0.0
+    if kinds:
+        lines += ["trainings that take alike, each:", table(rows, "  "),
+                  f"(tokens with prompts and padding; time on this machine with {_n(settings.cores(), 'thread')}, memory at least, from one "
+                  "micro-batch of each kind alone; without starting, recordings, checkpoints and what methods add)"]
+    for (model, _), forecast in tested.items():
+        lines += [f"evaluation of {model} and each model trained from it:", *(f"  {line}" for line in forecast.text.splitlines())]
+    longest, once = max(seconds.values()), min(settings.workers, len(todo))
+    whole = _makespan(list(seconds.values()), settings.workers)
+    side_by_side = sum(sorted(memory.values(), reverse=True)[:once])
+    if settings.ray is not None:
+        at_once = f"one after the other; Ray runs as many at once as it has {_n(settings.cores(), 'core')} and {settings.gpus:g} GPUs for"
+    else:
+        at_once = f"on {_n(settings.workers, 'worker')}"
+    lines += [f"time: up to about {_time(longest)} for one cell, about {_time(whole)} for all {len(todo)} that are left {at_once}",
+              f"memory: at least {_gib(side_by_side)} for the {_n(once, 'largest training')} side by side"]
+    return Forecast("\n".join(lines), whole)
+
+
+def _grid(cells: Sequence[Cell]) -> list[str]:
+    """How many cells every arm has, and in what they differ."""
+    lines = [f"{_n(len(cells), 'cell')}: {sum(cell.trains for cell in cells)} trained, {sum(not cell.trains for cell in cells)} untrained to compare with"]
+    for arm in dict.fromkeys(cell.arm for cell in cells):
+        own = [cell.train for cell in cells if cell.arm == arm]
+        values = {name: len({str(train[name]) for train in own}) for name in own[0] if name != "out"}
+        crossed = " × ".join(f"{n} {name}" for name, n in values.items() if n > 1)
+        method = f" (method {own[0]['method']})" if "method" in own[0] and own[0]["method"] != arm else ""
+        lines.append(f"  {arm}{method}: {len(own)}{f' = {crossed}' if crossed else ''}")
+    return lines
+
+
+def _measured(settings: TrainSettings) -> tuple[Plan, TrainingCost, int]:
+    """The plan of a training, what it takes, and the bytes of its memory with the weights that drift is measured from."""
+    material = read_material(settings)
+    model, tokenizer = load(settings)
+    chat = Chat(tokenizer)
+    rows, _, _ = encode(settings, material, material.rows, chat)
+    model = settings.chosen_method().prepare(model, settings.seed)
+    plan = lay_out(settings, material, rows)
+    cost = measure_training(model, plan, rows, settings, chat.pad_id)
+    snapshot = sum(p.numel() * p.element_size() for p in trainable(model).values()) if settings.record_every else 0
+    return plan, cost, cost.bytes + snapshot
+
+
+@contextmanager
+def _on_threads(n: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _makespan(seconds: Sequence[float], workers: int) -> float:
+    """When the last of some jobs ends that begin in this order, each as soon as a worker is free.
+
+    >>> _makespan([3, 1, 1, 2], workers=2)
+    4.0
+    """
+    free = [0.0] * workers
+    for takes in seconds:
+        heapq.heapreplace(free, free[0] + takes)
+    return max(free)
