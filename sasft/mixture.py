@@ -67,15 +67,17 @@ class MixSettings:
             raise UsageError("out is missing: name a folder for the mix")
         if self.shares and len(self.shares) != len(self.sources):
             raise UsageError(f"shares must be one number a source: got {len(self.shares)} for {len(self.sources)} sources")
-        if self.like and (self.steps or self.rows_per_step or self.tokens_per_step):
+        if self.like and not (self.steps is self.rows_per_step is self.tokens_per_step is None):
             raise UsageError("like takes the number and the sizes of steps from another mix, so steps, rows_per_step and "
                              "tokens_per_step must be left out")
         if self.equal != "tokens" and not self.like:
             raise UsageError(f"equal={self.equal} says in what a step is that of another mix, but like names none")
         if self.rows_per_step and self.tokens_per_step:
             raise UsageError(f"give either rows_per_step or tokens_per_step, got {self.rows_per_step} and {self.tokens_per_step}")
-        if self.hold_out < 0:
-            raise UsageError(f"hold_out must be at least 0, got {self.hold_out}")
+        for name, least in (("steps", 1), ("rows_per_step", 1), ("tokens_per_step", 1), ("max_tokens", 1), ("hold_out", 0),
+                            ("seed", 0)):
+            if (value := getattr(self, name)) is not None and value < least:
+                raise UsageError(f"{name} must be at least {least}, got {value}")
         names = self.named()
         if len(names) < len(self.sources):
             raise UsageError(f"two sources have one name; name them apart, as --sources a={self.sources[0]} ...: {self.sources}")
@@ -142,7 +144,7 @@ def make_mixture(settings: MixSettings) -> dict[str, Any]:
     write_jsonl(out / "rows.jsonl", lines)
     (out / "held_out").mkdir(exist_ok=True)
     for name, rows in mixture.held_out.items():
-        write_jsonl(_held_out(out, name), (replace(row, source=name).as_json() for row in rows))
+        write_jsonl(_held_out(out, name), (_plain(row, name) for row in rows))
     report = {**mixture.plan.report(), "encoding": dict(mixture.reports), "rows_sha256": sha256_file(out / "rows.jsonl"),
               "held_out": {name: {"rows": len(rows), "sha256": sha256_file(_held_out(out, name))}
                            for name, rows in mixture.held_out.items()},
@@ -231,7 +233,12 @@ def plan_of(tokens: Mapping[str, Sequence[int]], settings: MixSettings) -> Plan:
 
 
 def _line(mixture: Mixture, step: int, source: str, i: int) -> dict[str, Any]:
-    row = mixture.rows[source][i]
-    sampler = {name: row.meta[name] for name in ("sampler",) if name in row.meta}  # which some methods ask for
     return {"step": step, "row": i, "loss_tokens": mixture.plan.tokens[source][i],
-            "loss_weight": mixture.plan.loss_weights.get(source, 1.0), **replace(row, source=source, meta=sampler).as_json()}
+            "loss_weight": mixture.plan.loss_weights.get(source, 1.0), **_plain(mixture.rows[source][i], source)}
+
+
+def _plain(row: Row, source: str) -> dict[str, Any]:
+    """A row without its other fields, which in a table may be of any type (dates, images); the sampler stays, for which some
+    methods ask."""
+    sampler = {name: row.meta[name] for name in ("sampler",) if name in row.meta}
+    return replace(row, source=source, meta=sampler).as_json()

@@ -1,8 +1,11 @@
 """A mix on disk is the mix in memory, and says where it comes from."""
 
 import json
+from datetime import datetime
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from sasft.data import encode_rows, read_rows
@@ -143,13 +146,27 @@ def test_the_sampler_of_self_rows_is_kept(folder: Path) -> None:
     assert all(row.meta["sampler"] == {"temperature": 1.0} for row in read_mixture(folder / "mix").rows["self"])
 
 
+def test_columns_of_any_type_stay_behind(folder: Path) -> None:
+    table = pa.table({"prompt": [f"When {i}?" for i in range(8)], "response": ["now"] * 8, "seen": [datetime(2026, 1, 1)] * 8,
+                      "image": [b"\xff"] * 8})
+    pq.write_table(table, folder / "table.parquet")
+    make_mixture(settings(folder, sources=[f"task={folder}/table.parquet"], shares=[], hold_out=2))
+    mixture = read_mixture(folder / "mix")
+    assert [r.prompt[0]["content"] for r in mixture.held_out["task"]] == ["When 6?", "When 7?"] and len(mixture.rows["task"]) == 6
+
+
 @pytest.mark.parametrize("kwargs, message", [
     ({"hold_out": -1}, "hold_out must be at least 0, got -1"),
+    ({"rows_per_step": 0}, "rows_per_step must be at least 1, got 0"),  # which would else be none, and so the default
+    ({"steps": -3}, "steps must be at least 1, got -3"),
+    ({"max_tokens": 0}, "max_tokens must be at least 1"),
+    ({"seed": -1}, "seed must be at least 0, got -1"),
     ({"sources": []}, "sources are missing"),
     ({"out": ""}, "out is missing"),
     ({"shares": [1, 2]}, "shares must be one number a source: got 2 for 3 sources"),
     ({"tokens_per_step": 9}, "give either rows_per_step or tokens_per_step, got 8 and 9"),
     ({"like": "x"}, "like takes the number and the sizes of steps from another mix"),
+    ({"like": "x", "steps": 0, "rows_per_step": None}, "like takes the number and the sizes of steps from another mix"),
     ({"equal": "rows"}, "equal=rows says in what a step is that of another mix, but like names none"),
     ({"shuffle": ["web", "elf"]}, "shuffle names 'elf', which is none of the sources task, self, web"),
     ({"sources": ["a/x.jsonl", "b/x.jsonl"], "shares": []}, "two sources have one name"),
