@@ -39,11 +39,18 @@ class SourceAlignment:
         """The products of one parameter (``module``), of one block (``layer``), or of all (neither)."""
         if metric not in self.grams:
             raise ValueError(f"metric must be one of {list(self.grams)}, got {metric!r}")
-        chosen = {name: k for name, k in self.grams[metric].items()
-                  if (module is None or name == module) and (layer is None or layer_index(name) == layer)}
+        chosen = self._chosen(metric, layer, module)
         if not chosen:
             raise ValueError(f"no parameter matches layer={layer}, module={module!r}; there are {list(self.grams[metric])[:5]}, ...")
-        return sum(chosen.values())
+        return sum(chosen)
+
+    def has(self, *, metric: str = SGD, layer: int | None = None, module: str | None = None) -> bool:
+        """Whether there are products of that parameter or block in that metric."""
+        return bool(self._chosen(metric, layer, module))
+
+    def _chosen(self, metric: str, layer: int | None, module: str | None) -> list[Gram]:
+        return [k for name, k in self.grams.get(metric, {}).items()
+                if (module is None or name == module) and (layer is None or layer_index(name) == layer)]
 
     def inner(self, **where) -> Gram:
         r"""Products [S, S] of the sources' gradients in this step, :math:`\langle g_s, g_{s'}\rangle`, noise included. ``where`` as in :meth:`gram`."""
@@ -110,6 +117,8 @@ def table_rows(recent: Sequence[SourceAlignment], metric: str, where: dict[str, 
     module = where.get("module", "")
     layer = where.get("layer") if not module else layer_index(module)
     where = {**where, "metric": metric}
+    # Adam has no second moments before its first step, and layers may be thawed on the way.
+    recent = [earlier for earlier in recent if earlier.has(**where)]
     inner = now.inner(**where)
     rows = []
 

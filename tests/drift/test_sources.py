@@ -563,6 +563,29 @@ def test_as_a_probe_it_follows_the_recorders_schedule() -> None:
     assert {r["module"] for r in rows} > set(alignment.grams["sgd"])
 
 
+def test_what_recordings_have_in_common_is_pooled_though_the_first_lack_adam_and_a_layer() -> None:
+    """Adam has no second moments before its first step, and layers are thawed on the way."""
+    model, batch = families.make("llama"), zoo.batch(rows=6, vocabulary=families.V)
+    thawed = dict(model.model.layers[1].named_parameters())
+    for p in thawed.values():
+        p.requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+    sources = SourceGradients(model, ["task", "self"], key="whose", optimizer=optimizer)
+    reference = drift.Reference({n: p.detach().clone() for n, p in parameters(model).items()})
+    with drift.record(model, probes=[sources], reference=reference) as recorder:
+        for step in range(1, 7):
+            if step == 4:
+                for p in thawed.values():
+                    p.requires_grad_(True)
+            model(**batch, whose=TAGS).loss.backward()
+            optimizer.step(), optimizer.zero_grad()
+            recorder.step()
+    rows = [r for r in recorder.table().to_pylist() if r["metric"].endswith("pooled_inner") and not r["module"]]
+    first = {(r["metric"], r["layer"]): min(s["step"] for s in rows if (s["metric"], s["layer"]) == (r["metric"], r["layer"])) for r in rows}
+    assert first == {("align/pooled_inner", None): 3, ("align/pooled_inner", 0): 3, ("align/pooled_inner", 1): 6,
+                     ("align_adam/pooled_inner", None): 4, ("align_adam/pooled_inner", 0): 4}
+
+
 @pytest.mark.parametrize(("tags", "message"), [
     ([0, 1, 2, 0, 0, 1], r"must lie in -1 ... 1, got 0 ... 2"),
     ([0, 1, 1], r"sources was \[3\] in tag, but the model is given a batch of shape \[6, 7\]"),
