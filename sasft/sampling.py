@@ -5,6 +5,7 @@ a row come from a counter-based generator keyed by the row's seed. Which other r
 which device it runs, therefore does not enter the draw (beyond the rounding of the logits themselves).
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import compress
@@ -81,6 +82,11 @@ class Sample:
     finished: bool
 
 
+def positions(model: object) -> float:
+    """How many tokens a model takes, as its configuration says; infinity if it does not (or if it is no model of transformers)."""
+    return getattr(getattr(model, "config", None), "max_position_embeddings", None) or math.inf
+
+
 def row_uniforms(seed: int, n: int) -> np.ndarray:
     """``n`` uniforms in [0, 1) that depend on ``seed`` alone.
 
@@ -155,6 +161,9 @@ def sample(
     what all prompts begin with is computed once (:mod:`sasft.paged`). Needs a model that attends to all or to the last so many
     tokens; one with a recurrent state is refused.
 
+    Raises :class:`UsageError` if prompt and answer may be longer than the model takes: beyond its positions some models fail, and
+    the others write what they would not.
+
     Runs under whatever autocast is active: to keep the sampler equal to the model that is trained, sample under the precision
     of the training. ``greedy`` takes the most probable token instead of drawing. ``on_tokens(n)`` is told after each step how
     many tokens it gave, ``on_done({index: sample})`` which rows have ended; it is told of every row once.
@@ -163,6 +172,10 @@ def sample(
         raise UsageError(f"seeds must have one entry a prompt: got {len(seeds)} for {len(prompts)} prompts")
     if any(len(p) == 0 for p in prompts):
         raise UsageError("prompts must not be empty: a model continues at least one token")
+    longest = max(map(len, prompts), default=0)
+    if longest + sampler.max_new_tokens - 1 > positions(model):  # the last token is never fed
+        raise UsageError(f"a prompt of {longest} tokens and an answer of up to {sampler.max_new_tokens} are more than the "
+                         f"{positions(model)} tokens that the model takes; lower max_new_tokens, or shorten the prompts")
     if slots is not None:
         _check_slots(model, slots)
     if not prompts:

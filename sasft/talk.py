@@ -8,7 +8,7 @@ from typing import Any, Literal
 from sasft.ablation import AblationReport, ablate
 from sasft.backends import Backend, vllm_engine
 from sasft.chat import Chat
-from sasft.data import Row
+from sasft.data import Row, read_rows
 from sasft.data_quality import QualityLimits, QualityReport, inspect_rows, special_tokens
 from sasft.errors import UsageError
 from sasft.files import write_json, write_jsonl
@@ -17,7 +17,7 @@ from sasft.mixture import load_chat
 from sasft.models import load_model, resolve, weights_hash
 from sasft.precision import Precision, resolved
 from sasft.processes import join
-from sasft.sampling import EXACT, PAPER, Sampler
+from sasft.sampling import EXACT, PAPER, Sampler, positions
 from sasft.selfdialogue import Dialogues, Writer
 from sasft.settings import option
 from sasft.shards import write_in_parallel
@@ -85,13 +85,14 @@ class TalkSettings:
             raise UsageError(f"there is no topic {unknown[0]!r} to ablate; there are {', '.join(LEXICONS)}")
         if self.ablate_reads != "row" and not self.ablate:
             raise UsageError(f"ablate_reads={self.ablate_reads} says where topics are looked for, but ablate names none")
-        for name in ("n", "batch_size", "max_user_tokens"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name, least in (("n", 1), ("batch_size", 1), ("max_user_tokens", 1), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise UsageError(f"{name} must be at least {least}, got {getattr(self, name)}")
         self.precision = resolved(self.precision)
         self.draws(), self.dialogues(), self.quality_limits()
-        for text in self.filters:
-            named_filter(text)
+        names = [named_filter(text).name for text in self.filters]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise UsageError(f"filters name that of {twice} twice; leave out one of the two")
 
     def draws(self) -> Sampler:
         """The sampler that is asked for."""
@@ -156,11 +157,18 @@ def talk(settings: TalkSettings) -> Talk:
     The same call goes on with a file that was begun; one that holds rows of other settings is refused, saying which. ``out``
     holds all rows, ``settings.kept`` those that pass, and ``<out>.quality.json`` the reports. :meth:`Talk.check` compares them
     with the limits.
+
+    Raises :class:`UsageError`, before any row is written, if dialogues may get longer than the model takes; after it, if ``out``
+    holds more rows than were asked for and so than were looked at.
     """
     first = join()
     writer = make_writer(settings)
+    _check_room(settings, writer)
     rows = write_in_parallel(writer, settings.n, Path(settings.out), seed=settings.seed, dialogues=settings.dialogues(),
                              max_user_tokens=settings.max_user_tokens)
+    if settings.kept == Path(settings.out) and (there := len(read_rows(settings.out))) > len(rows):
+        raise UsageError(f"{settings.out} holds {there} rows, of which n={settings.n} asks for the first {len(rows)}; training would "
+                         "read them all, so raise n, or name another file")
     left, done = _chosen(settings, rows, writer.chat)
     if first:
         if settings.kept != Path(settings.out):
@@ -171,7 +179,8 @@ def talk(settings: TalkSettings) -> Talk:
 
 def make_writer(settings: TalkSettings) -> Writer:
     """The model as it writes, on this process's GPU if there is one."""
-    provenance: dict[str, Any] = {"model": settings.model, "revision": settings.revision}
+    provenance: dict[str, Any] = {"model": settings.model, "revision": settings.revision,
+                                  "max_user_tokens": settings.max_user_tokens}  # which chooses prompts
     if settings.backend == "vllm":
         model = vllm_engine(str(resolve(settings.model, revision=settings.revision)),
                             dtype="bfloat16" if settings.precision == "bf16" else "float32")
@@ -181,6 +190,17 @@ def make_writer(settings: TalkSettings) -> Writer:
         chat, provenance["weights_sha256"] = Chat(tokenizer), weights_hash(model)
     return Writer(model=model, chat=chat, sampler=settings.draws(), precision=settings.precision, batch_size=settings.batch_size,
                   backend=settings.backend, provenance=provenance)
+
+
+def _check_room(settings: TalkSettings, writer: Writer) -> None:
+    """Dialogues, all turns at their caps, fit the model's positions, what the template puts between turns not counted."""
+    most = positions(writer.model)
+    prefix = max(len(writer.chat.user_prefix_ids(system)) for system in settings.dialogues().systems or [None])
+    longest = prefix + settings.turns * (settings.max_user_tokens + settings.max_new_tokens)
+    if longest > most:
+        raise UsageError(f"a dialogue may have {longest} tokens ({prefix} before the first user turn, then {settings.turns} x "
+                         f"({settings.max_user_tokens} + {settings.max_new_tokens}) at the caps), the model takes {most}; lower "
+                         "turns, max_user_tokens or max_new_tokens")
 
 
 def _chosen(settings: TalkSettings, rows: Sequence[Row], chat: Chat) -> tuple[list[Row], Talk]:
@@ -207,7 +227,7 @@ def _lines(name: str, path: str | None) -> list[str]:
     if path is None:
         return []
     try:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{name} {path} can't be read as UTF-8 text, one entry a line: {error}") from None
     if not lines:

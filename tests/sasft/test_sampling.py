@@ -270,3 +270,14 @@ def test_prompts_and_seeds_must_fit() -> None:
         write([[5]], [0, 1])
     with pytest.raises(UsageError, match="prompts must not be empty"):
         write([[5], []], [0, 1])
+
+
+@pytest.mark.parametrize("slots", [None, 2])
+def test_answers_that_would_outgrow_the_models_positions_are_refused(slots: int | None) -> None:
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=8, n_layer=1, n_head=2, n_positions=12))
+    prompts, room = [[3] * 5, [4] * 7], {"stop_id": -1, "pad_id": PAD, "slots": slots}
+    fitting = sample(model, prompts, [0, 1], Sampler(max_new_tokens=6), **room)  # the last token needs no position
+    assert [len(answer.ids) for answer in fitting] == [6, 6]
+    with pytest.raises(UsageError, match="a prompt of 7 tokens and an answer of up to 7 are more than the 12 tokens"):
+        sample(model, prompts, [0, 1], Sampler(max_new_tokens=7), **room)

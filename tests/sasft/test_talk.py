@@ -43,7 +43,7 @@ def test_all_rows_are_written_and_only_the_kept_are_to_be_trained_on(settings, t
 
 
 def test_topics_systems_and_turns_come_from_files(settings, tmp_path: Path) -> None:
-    (tmp_path / "topics.txt").write_text("bees\n\n  rivers \n")
+    (tmp_path / "topics.txt").write_bytes("\ufeffbees\r\n\r\n  rivers \r\n".encode())  # as some editors write it
     (tmp_path / "systems.txt").write_text("Be brief.\n")
     talk(settings(topics=str(tmp_path / "topics.txt"), systems=str(tmp_path / "systems.txt"), turns=2))
     rows = read_rows(tmp_path / "self.jsonl")
@@ -79,6 +79,25 @@ def test_bad_data_is_refused_and_stays_on_disk(settings, tmp_path: Path) -> None
     assert json.loads((tmp_path / "self.quality.json").read_text())["limits"]["nats_per_token"] == 0.5
 
 
+def test_a_file_of_other_user_turns_is_refused(settings) -> None:
+    talk(settings(n=4))
+    with pytest.raises(UsageError, match="holds rows of another run .*max_user_tokens is 30, now 31"):
+        talk(settings(n=4, max_user_tokens=31))
+
+
+def test_what_is_looked_at_is_what_training_would_read(settings) -> None:
+    talk(settings(n=6))
+    with pytest.raises(UsageError, match="holds 6 rows, of which n=4 asks for the first 4; training would read them all"):
+        talk(settings(n=4))
+    assert talk(settings(n=4, filters=["random=3"])).quality.rows == 3  # written to a file of their own
+
+
+def test_dialogues_that_would_outgrow_the_model_are_refused_before_any_is_written(settings, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"may have 5.. tokens \(.. before the first user turn, then 5 x \(30 \+ 70\).* takes 512"):
+        talk(settings(turns=5, max_new_tokens=70))
+    assert not (tmp_path / "self.jsonl").exists()
+
+
 def test_samplers(settings) -> None:
     def drawn(**kwargs) -> tuple[float, float]:
         sampler = settings(**kwargs).draws()
@@ -98,6 +117,8 @@ def test_the_writer_is_the_model_as_training_has_it(settings) -> None:
 @pytest.mark.parametrize("kwargs, message", [
     ({"out": ""}, "out is missing"),
     ({"n": 0}, "n must be at least 1, got 0"),
+    ({"seed": -1}, "seed must be at least 0, got -1"),
+    ({"filters": ["distinct=0.9", "distinct"]}, "filters name that of distinct prompts twice"),
     ({"sampler": "exact", "temperature": 0.7}, "the sampler exact has a temperature .* temperature 0.7 is asked for"),
     ({"filters": ["clean"]}, "there is no filter 'clean'; there are: distinct: prompts"),
     ({"filters": ["prompt_words"]}, "the filter prompt_words can't take no value; it keeps =LEAST-MOST words"),
