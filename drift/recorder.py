@@ -61,8 +61,9 @@ def record(model: nn.Module, out: Path | str | None = None, *, every: int | Sche
     ``config``: anything worth keeping in meta.json. ``start_step``: the step that a resumed run goes on from; later recordings in ``out`` are
     dropped, earlier ones kept. θ₀ must then be given. ``overwrite``: replace a former run's recordings in ``out``.
 
-    Raises ``TypeError`` if ``model`` or ``probes`` are none, ``ValueError`` for frozen models, unknown metrics, names of probes that are equal, or a
-    ``reference`` that does not match (at entering), ``FileExistsError`` if ``out`` holds another run's recordings, ``OSError`` if it can't be written.
+    Raises ``TypeError`` if ``model`` or ``probes`` are none, ``ValueError`` for frozen models, unknown metrics, names of probes that are equal, a
+    ``reference`` that does not match (at entering), or probes that record the same of one source (when they do), ``FileExistsError`` if ``out``
+    holds another run's recordings, ``OSError`` if it can't be written.
 
     Under torch.distributed every process must record; the first writes. Sharded parameters (FSDP2) are gathered one at a time.
     Cost of a recording: one read of θ and θ₀, plus the probes; :attr:`Recorder.overhead` says what it came to in seconds.
@@ -116,6 +117,7 @@ class Recorder:
         self._table = Table(out, run)
         self._entered = False
         self._recorded: set[int] = set()
+        self._whose: dict[tuple[str, int | None, str, str], str] = {}  # the probe of every series
         self._theta0: dict[str, str] = {}  # what the reference is
         self._before: Reference | None = None  # the weights at the last recording, for "update"
 
@@ -195,13 +197,22 @@ class Recorder:
             self._before = Reference.snapshot(self.model)
         for probe in self.probes:
             if everything or probe.every is None or schedule(probe.every)(step):
-                rows += probe.rows(self.model, step)
+                rows += self._own(probe, probe.rows(self.model, step))
         self._table.add(step, rows)
         self._recorded.add(step)
         self.recordings += 1
         self.overhead += time.perf_counter() - began
         self._write_meta()
         return _whole_model(rows)
+
+    def _own(self, probe: Probe, rows: list[Row]) -> list[Row]:
+        """The rows of a probe, none of which another probe records, too: the table could not tell them apart."""
+        for r in rows:
+            first = self._whose.setdefault((r.metric, r.layer, r.module, r.source), probe.name)
+            if first != probe.name:
+                raise ValueError(f"probes {first!r} and {probe.name!r} both record {r.metric} of source {r.source!r}; give their sources "
+                                 "different names")
+        return rows
 
     def latest(self) -> dict[str, float]:
         """The whole-model figures of the last recording, as :meth:`step` returns them."""

@@ -315,6 +315,19 @@ def test_probes_of_one_name_are_refused() -> None:
         drift.record(nn.Linear(1, 1), probes=[Counter(), Counter()])
 
 
+def test_two_probes_of_one_series_are_refused_when_the_second_has_it() -> None:
+    """Else a curve would have two values a step, here of a step's gradients and of fixed rows' ones."""
+    model, batch = zoo.llama(), zoo.batch(rows=4, vocabulary=32)
+    fixed = drift.AlignmentProbe("fixed", {"task": [batch], "self": [batch]}, every=100)
+    sources = drift.SourceGradients(model, ["task", "self"])
+    with pytest.raises(ValueError, match=r"probes 'fixed' and 'sources' both record align/raw_cos of source 'task\|self'; give their sources"), \
+            drift.record(model, probes=[sources, fixed]) as recorder:
+        sources.tag([0, 1, 0, 1])
+        model(**batch).loss.backward()
+        recorder.step()
+    assert not model._forward_pre_hooks
+
+
 def test_a_reference_of_another_model_is_refused() -> None:
     with pytest.raises(ValueError, match="weight"), drift.record(nn.Linear(2, 2), reference=drift.Reference.snapshot(nn.Linear(2, 3))):
         pass
