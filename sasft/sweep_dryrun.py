@@ -2,6 +2,7 @@
 
 import heapq
 import json
+import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -17,19 +18,22 @@ from sasft.sweep_plan import Cell
 from sasft.terminal import table
 from sasft.train import TrainSettings, encode, lay_out, load, read_material
 
-_TAKE_ALIKE = ("out", "seed", "lr", "schedule", "warmup_steps", "weight_decay", "max_grad_norm", "loss", "save_every", "save_model")
+# Settings that change neither time nor memory of a training.
+_TAKE_ALIKE = ("out", "seed", "lr", "schedule", "warmup_steps", "weight_decay", "max_grad_norm", "loss", "save_every",
+               "save_model")
 
 
 def of_sweep(settings: SweepSettings) -> Forecast:
     """What :func:`sweep` would do and what it would take, after all of its checks; nothing is written.
 
-    Trainings that differ in seeds, rates and the like take alike; one of each kind is measured (:func:`sasft.costing.measure_training`), with as
-    many threads as a cell has and nothing running beside it.
+    Trainings that differ in seeds, rates and the like take alike; one of each kind is measured
+    (:func:`sasft.costing.measure_training`), with as many threads as a cell has and nothing running beside it.
     """
     cells = [cell for cell, _ in checked(settings)]
     todo = [cell for cell in cells if not cell.result.exists()]
-    lines = [*_grid(cells), f"{len(cells) - len(todo)} of {len(cells)} cells are finished, {sum(map(begun, todo))} were begun and go on",
-             "checked: settings, methods with their options, files of rows, suites, and that finished and begun cells are of this plan"]
+    finished = len(cells) - len(todo)
+    lines = [*_grid(cells), f"{finished} of {len(cells)} cells are finished, {sum(map(begun, todo))} were begun and go on",
+             "checked: settings, methods with their options, files of rows, suites, and that what is there is of this plan"]
     if not todo:
         return Forecast("\n".join(lines), 0.0)
     kinds: dict[str, list[Cell]] = {}
@@ -41,7 +45,8 @@ def of_sweep(settings: SweepSettings) -> Forecast:
     with _on_threads(settings.cores()):
         for alike in kinds.values():
             plan, cost, size = _measured(TrainSettings(**alike[0].train))
-            rows.append((str(len(alike)), alike[0].name, str(sum(map(len, plan))), str(len(plan)), f"{cost.tokens:,}", _time(cost.seconds), _gib(size)))
+            rows.append((str(len(alike)), alike[0].name, str(sum(map(len, plan))), str(len(plan)), f"{cost.tokens:,}",
+                         _time(cost.seconds), _gib(size)))
             seconds.update({cell.name: cost.seconds for cell in alike})
             memory.update({cell.name: size for cell in alike})
         tested = {model: of_evaluation(evaluation) for model, evaluation in evaluations(todo).items()}
@@ -53,22 +58,23 @@ def of_sweep(settings: SweepSettings) -> Forecast:
                   f"(tokens with prompts and padding; time on this machine with {_n(settings.cores(), 'thread')}, memory at least, from one "
                   "micro-batch of each kind alone; without starting, recordings, checkpoints and what methods add)"]
     for (model, _), forecast in tested.items():
-        lines += [f"evaluation of {model} and each model trained from it:", *(f"  {line}" for line in forecast.text.splitlines())]
+        lines += [f"evaluation of {model} and each model trained from it:", textwrap.indent(forecast.text, "  ")]
     longest, once = max(seconds.values()), min(settings.workers, len(todo))
     whole = _makespan(list(seconds.values()), settings.workers)
     side_by_side = sum(sorted(memory.values(), reverse=True)[:once])
     if settings.ray is not None:
-        at_once = f"one after the other; Ray runs as many at once as it has {_n(settings.cores(), 'core')} and {settings.gpus:g} GPUs for"
+        at_once = f"one by one; Ray runs as many at once as it has {_n(settings.cores(), 'core')} and {settings.gpus:g} GPUs for"
     else:
         at_once = f"on {_n(settings.workers, 'worker')}"
-    lines += [f"time: up to about {_time(longest)} for one cell, about {_time(whole)} for all {len(todo)} that are left {at_once}",
+    lines += [f"time: up to about {_time(longest)} for one cell, about {_time(whole)} for all {len(todo)} left, {at_once}",
               f"memory: at least {_gib(side_by_side)} for the {_n(once, 'largest training')} side by side"]
     return Forecast("\n".join(lines), whole)
 
 
 def _grid(cells: Sequence[Cell]) -> list[str]:
     """How many cells every arm has, and in what they differ."""
-    lines = [f"{_n(len(cells), 'cell')}: {sum(cell.trains for cell in cells)} trained, {sum(not cell.trains for cell in cells)} untrained to compare with"]
+    trained = sum(cell.trains for cell in cells)
+    lines = [f"{_n(len(cells), 'cell')}: {trained} trained, {len(cells) - trained} untrained to compare with"]
     for arm in dict.fromkeys(cell.arm for cell in cells):
         own = [cell.train for cell in cells if cell.arm == arm]
         values = {name: len({str(train[name]) for train in own}) for name in own[0] if name != "out"}

@@ -238,7 +238,7 @@ def test_a_dry_run_says_what_there_is_to_do_and_what_is_done_and_leaves_nothing(
     assert [(kind[0], kind[-7:-4]) for kind in kinds] == [
         (n, ["4", "2", re.search(r"([\d,]+) tokens through the model", alone[lora])[1]]) for n, lora in (("2", 0), ("4", 0), ("4", 0), ("4", 2))]
     assert re.search(r"evaluation of .*model and each model trained from it:\n  text:.*: 1 items", said)
-    assert re.search(r"time: up to about .* for one cell, about .* for all 15 that are left on 2 workers\nmemory: at least .* MiB for the 2 largest trainings", said)
+    assert re.search(r"time: up to about .* for one cell, about .* for all 15 left, on 2 workers\nmemory: at least .* MiB for the 2 largest trainings", said)
     assert "nothing was done" in said
 
 
