@@ -15,6 +15,7 @@ import torch.distributed as dist
 from accelerate import PartialState
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from drift.names import trainable
 from drift.reference import whole
@@ -61,6 +62,29 @@ def first_goes_first() -> Iterator[None]:
 def sharded(model: nn.Module) -> bool:
     """Whether processes hold a part each of the model's weights (FSDP2), also while it has them together in a pass."""
     return isinstance(model, FSDPModule)
+
+
+def cut_as(whole: Tensor, like: Tensor) -> Tensor:
+    """A tensor that all processes have, on the device of ``like`` and, where that is sharded (FSDP2), cut in the same places.
+
+    No process waits for another. What is cut already stays as it is.
+    """
+    if not isinstance(like, DTensor):
+        return whole.to(like.device)
+    return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def gathered(x: Tensor) -> Tensor:
+    """A tensor of which processes hold parts, whole in each of them, with its gradient; every process must take part.
+
+    What each process makes of it must be the same, so that every part gets its gradient once.
+    """
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def own_part(x: Tensor) -> Tensor:
+    """The memory of a tensor that this process holds: all of it, or its shard."""
+    return x.to_local() if isinstance(x, DTensor) else x
 
 
 def trained_weights(model: nn.Module) -> dict[str, Tensor]:

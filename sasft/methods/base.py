@@ -80,9 +80,9 @@ class Objective:
     objective draws must follow from its seed and the step alone.
 
     ``one_pass``: with gradients the model runs once a micro-batch, as :class:`drift.SourceGradients` needs it. ``in_step``: all
-    processes run it equally often, whatever rows they have, and do nothing else with its weights, as these need it when they are
-    sharded (FSDP2). ``inside``: it reaches into the model's layers while they run, row by row, so that rows can't be packed nor
-    layers be run anew in the backward pass.
+    processes run it equally often, whatever rows they have, and touch its weights as shards, so that these may be sharded
+    (FSDP2). ``inside``: it reaches into the model's layers while they run, row by row, so that rows can't be packed nor layers be run anew
+    in the backward pass.
     """
 
     one_pass = False

@@ -19,6 +19,7 @@ from sasft.methods.base import Costs, Method, Objective, Workshop
 from sasft.methods.checks import check_weights
 from sasft.mixing import SELF
 from sasft.models import LoraSettings, with_adapters
+from sasft.processes import cut_as, own_part
 from sasft.sampling import EXACT, PAPER
 from sasft.settings import option
 
@@ -188,6 +189,8 @@ class WiseFt(Method):
 
 
 class _WiseFt(Objective):
+    in_step = True
+
     def __init__(self, costs: Costs, model: nn.Module, alpha: float) -> None:
         super().__init__(costs)
         self.alpha = alpha
@@ -206,4 +209,5 @@ class _WiseFt(Objective):
             adapter.b.mul_(self.alpha)
         for name, p in trainable(model).items():
             if name in self.start:
-                p.copy_(torch.lerp(self.start[name].to(p.device), p, self.alpha))
+                start, mine = own_part(cut_as(self.start[name], p)), own_part(p)
+                mine.copy_(torch.lerp(start, mine, self.alpha))

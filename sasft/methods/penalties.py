@@ -3,7 +3,7 @@ r"""Quadratic penalties on the way from the start: :math:`L+\frac w2\sum_iF_i(\t
 They move weights through the optimiser, so that AdamW preconditions them as it does the loss.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -19,6 +19,7 @@ from sasft.methods.base import Costs, Method, Objective
 from sasft.methods.checks import check_counts, check_weights, need_rows, source_names
 from sasft.mixing import SELF
 from sasft.probes import batches
+from sasft.processes import cut_as, gathered
 from sasft.settings import option
 
 
@@ -44,6 +45,8 @@ class L2Sp(Method):
 
 
 class _L2Sp(Objective):
+    in_step = True
+
     def __init__(self, costs: Costs, model: nn.Module, weight: float) -> None:
         super().__init__(costs)
         self.weight = weight
@@ -52,15 +55,25 @@ class _L2Sp(Objective):
         self.start = {name: p.detach().clone() for name, p in trainable(model).items() if name not in names}
 
     def penalty(self, model: nn.Module, step: int) -> Tensor:
-        mine = trainable(model)
-        terms = [(mine[name] - start).float().square().sum() for name, start in self.start.items()]
+        terms = [square.sum() for _, square in _squares(model, self.start)]
         terms += [_factored_square(now, self.factors[now.base, now.adapter]) for now in adapters(model)] if self.factors else []
-        return 0.5 * self.weight * torch.stack(terms).sum()
+        return 0.5 * self.weight * torch.stack([gathered(term) for term in terms]).sum()
+
+
+def _squares(model: nn.Module, start: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    r""":math:`(\theta_i-\theta_{0,i})^2` by parameter, in fp32.
+
+    Of sharded weights each process has its own part, and keeps no more of ``start``.
+    """
+    mine = trainable(model)
+    for name in start:
+        start[name] = cut_as(start[name], mine[name])
+        yield name, (mine[name] - start[name]).float().square()
 
 
 def _factored_square(now: Adapter, start: Adapter) -> Tensor:
     r""":math:`\lVert s(BA-B_0A_0)\rVert_F^2`, as 0-d fp32; Gram matrices in float64, where their difference keeps its digits."""
-    a, b = now.a.double(), now.b.double()
+    a, b = gathered(now.a).double(), gathered(now.b).double()
     if bool(start.b.any()) and bool(start.a.any()):
         a, b = torch.cat([a, start.a.double()]), torch.cat([b, -start.b.double()], dim=1)
     return (now.scaling**2 * ((b.T @ b) * (a @ a.T)).sum()).float()
@@ -105,6 +118,8 @@ class Ewc(Method):
 
 
 class _Ewc(Objective):
+    in_step = True
+
     def __init__(self, costs: Costs, model: nn.Module, weight: float, values: Mapping[str, Tensor]) -> None:
         super().__init__(costs)
         self.weight = weight
@@ -114,6 +129,8 @@ class _Ewc(Objective):
         self.start = {name: mine[name].detach().clone() for name in self.values}
 
     def penalty(self, model: nn.Module, step: int) -> Tensor:
-        mine = trainable(model)
-        terms = [(self.values[name] * (mine[name] - start).float().square()).sum() for name, start in self.start.items()]
+        terms = []
+        for name, square in _squares(model, self.start):
+            self.values[name] = cut_as(self.values[name], square)
+            terms.append(gathered((self.values[name] * square).sum()))
         return 0.5 * self.weight * torch.stack(terms).sum()

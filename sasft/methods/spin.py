@@ -18,7 +18,7 @@ from sasft.methods.base import Batch, Costs, Method, Objective, of_sources, scor
 from sasft.methods.checks import check_counts, check_weights, need_rows
 from sasft.methods.frozen_base import scored_rows
 from sasft.mixing import TASK
-from sasft.processes import first_goes_first
+from sasft.processes import first_goes_first, sharded
 from sasft.sampling import row_seed
 from sasft.settings import option
 
@@ -90,6 +90,8 @@ class Spin(Method):
 
 
 class _Spin(Objective):
+    in_step = True
+
     def __init__(self, method: Spin, model: nn.Module, rows: Mapping[str, Sequence[Encoded]], pad_id: int, costs: Costs) -> None:
         super().__init__(costs)
         self.method, self.opponents, self.pad_id = method, rows[_OPPONENT], pad_id
@@ -99,20 +101,24 @@ class _Spin(Objective):
         scored = score(model, batch)
         nll = scored.nll()
         paired = of_sources(batch, [TASK])
-        if not paired.any():
-            return scored.total(nll)
+        if not paired.any():  # sharded weights come together for a pass that all processes make, whatever rows they have
+            return scored.total(nll) + (0.0 * self._of_opponents(model, [0]).sum() if sharded(model) else 0.0)
         at = paired.nonzero().squeeze(-1).tolist()
         numbers = [batch["index"][k] for k in at]
-        others = on_device(collate([self.opponents[i] for i in numbers], self.pad_id), scored.labels.device)
-        self.costs.backward_tokens += int(others["attention_mask"].sum())
         mine = _by_row(nll, scored.rows, len(batch["source"]))[at] - self.at_start[TASK][numbers].to(scored.labels.device)
-        against = score(unwrapped(model), others)
-        theirs = _by_row(against.nll(), against.rows, len(at)) - self.at_start[_OPPONENT][numbers].to(scored.labels.device)
+        theirs = self._of_opponents(model, numbers) - self.at_start[_OPPONENT][numbers].to(scored.labels.device)
         pairs = -nn.functional.logsigmoid(self.method.beta * (mine - theirs))
         if scored.weights is not None:
             pairs = pairs * batch["weight"][at]
         share = torch.where(paired.to(nll.device)[scored.rows], 1 - self.method.weight, 1.0)
         return scored.total(share * nll) + self.method.weight * pairs.sum()
+
+    def _of_opponents(self, model: nn.Module, numbers: Sequence[int]) -> Tensor:
+        """Log-likelihoods of the model's own answers to these task rows, by a pass over them."""
+        batch = on_device(collate([self.opponents[i] for i in numbers], self.pad_id), next(model.parameters()).device)
+        self.costs.backward_tokens += int(batch["attention_mask"].sum())
+        scored = score(unwrapped(model), batch)
+        return _by_row(scored.nll(), scored.rows, len(numbers))
 
 
 def _by_row(nll: Tensor, rows: Tensor, n: int) -> Tensor:

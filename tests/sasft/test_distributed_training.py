@@ -38,9 +38,16 @@ RUNS: Mapping[str, tuple[bool, str, bool, dict[str, Any]]] = {
     "adapters": (True, "kl-self", True, {}),
     "replay": (True, "online-replay", False, {}),
     "ddp": (False, "kl-self", False, {"packing": True, "micro_rows": 1}),
+    "l2-sp": (True, "l2-sp", False, {"micro_rows": 1}),
+    "l2-sp of adapters": (True, "l2-sp", True, {}),
+    "ewc": (True, "ewc", False, {}),
+    "wise-ft": (True, "wise-ft", False, {}),
+    "wise-ft of adapters": (True, "wise-ft", True, {}),
+    "spin": (True, "spin", False, {"micro_rows": 1}),  # processes without task rows among them
 }
-OPTIONS = {"online-replay": {"rows_per_step": 2, "buffer": 2, "max_new_tokens": 6}, "spin": {"max_new_tokens": 6}}
-REFUSED = ["l2-sp", "spin"]  # where weights are sharded
+OPTIONS = {"online-replay": {"rows_per_step": 2, "buffer": 2, "max_new_tokens": 6}, "spin": {"max_new_tokens": 6}, "l2-sp": {"weight": 3.0},
+           "ewc": {"weight": 30.0}}
+REFUSED = ["lfu"]  # where weights are sharded
 
 
 def tied(lora: bool) -> nn.Module:
@@ -165,6 +172,9 @@ def test_two_processes_give_the_trajectory_and_the_weights_of_one(name: str, bot
     if name == "adapters":  # where the base is the sharded model itself, every process runs it on all its rows
         data = cases.rows()
         costs["forward_tokens"] = sum(len(data[s][i].input_ids) for step in cases.plan_of(data, 3) for s, i in step)
+    if name == "spin":  # a process makes the pass over an answer of the model's own, also if it has no task row
+        opponent = method(kind, **OPTIONS[kind]).encoded(data := cases.rows(), tied(lora), 0, Costs())["opponent"][0]
+        costs["backward_tokens"] += sum(s == "self" for step in cases.plan_of(data, 3) for s, _ in step) * len(opponent.input_ids)
     for found in (of[name] for of in both):
         assert len(found["steps"]) == 3
         for one, two in zip(steps, found["steps"], strict=True):
@@ -203,8 +213,7 @@ def test_two_processes_go_on_where_one_was_stopped(both, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("what, message", [
-    ("l2-sp", "weights sharded by FSDP2 can't be had with the objective L2Sp, which does more with them than passes that every process makes"),
-    ("spin", "weights sharded by FSDP2 can't be had with the objective Spin"),
+    ("lfu", "weights sharded by FSDP2 can't be had with the objective Lfu, which does more with them than passes that every process makes"),
     ("recording", "record_every is 1, but instruments put the base's weights into the model"),
     ("loading", "fsdp_cpu_ram_efficient_loading leaves all processes but the first without the model's weights"),
     ("version", "accelerate's configuration has fsdp_version 1; set fsdp_version: 2"),
