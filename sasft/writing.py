@@ -4,7 +4,8 @@ Every row is appended to a JSONL file as it ends, with all that is needed to kno
 run's seed and its own id alone, and a stopped run goes on without repeating or changing a row.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,9 @@ class Job:
     seed: int
     shown: Messages | None = None
     meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+Write = Callable[[Sequence[Job]], list[Row]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,11 +135,33 @@ def _row(writer: Writer, job: Job, answer: Sample, source: str, seed: int) -> di
     }
 
 
+@contextmanager
+def writing_to(out: Path, writer: Writer, *, source: str, seed: int, total: int, text: str,
+               progress: bool = True) -> Iterator[Write]:
+    """A function that answers jobs, in their order; the rows are kept in ``out``, from which a stopped run takes its own.
+
+    ``total``: how many jobs there will be; ``text``: what the bar says. Raises :class:`UsageError` if the file holds rows of
+    another run.
+    """
+    written = {row.id: row for row in existing(out, {**writer.identity(), "seed": seed})}
+    with JsonlWriter(out) as sink, progress_bar(total, 0, text, progress) as bar:
+
+        def write(jobs: Sequence[Job]) -> list[Row]:
+            bar.total -= sum(job.id in written for job in jobs)  # the bar is of what is left to write
+            new = respond(writer, jobs, sink, source=source, bar=bar, done=written, seed=seed)
+            written.update((row.id, row) for row in new)
+            return [written[job.id] for job in jobs]
+
+        yield write
+
+
 def answer(writer: Writer, prompts: Mapping[str, str], out: Path, *, source: str, seed: int = 0,
            progress: bool = True) -> list[Row]:
     """The model's own answer to each prompt (``{id: user text}``), written to ``out`` and returned in that order."""
     jobs = [Job(key, ({"role": "user", "content": text},), row_seed(seed, source, key)) for key, text in prompts.items()]
-    return _run(writer, jobs, out, source, seed, progress)
+    text = f"{source} → {out.name}"
+    with writing_to(out, writer, source=source, seed=seed, total=len(jobs), text=text, progress=progress) as write:
+        return write(jobs)
 
 
 def answer_until(writer: Writer, prompts: Mapping[str, tuple[str, str]], accept: Callable[[str, Row], bool], out: Path,
@@ -153,22 +179,15 @@ def answer_until(writer: Writer, prompts: Mapping[str, tuple[str, str]], accept:
         jobs = [Job(f"{key}/{k}", ({"role": "user", "content": plain},), row_seed(seed, source, key, k),
                     shown=({"role": "user", "content": shown},))
                 for key, (plain, shown) in prompts.items() if key not in accepted]
-        for row in _run(writer, jobs, out, source, seed, progress, f"try {k + 1} of {tries}") if jobs else ():
-            key = row.id.rsplit("/", 1)[0]
-            if accept(key, row):
-                accepted[key] = row
+        if not jobs:
+            break
+        text = f"{source} → {out.name} try {k + 1} of {tries}"
+        with writing_to(out, writer, source=source, seed=seed, total=len(jobs), text=text, progress=progress) as write:
+            for row in write(jobs):
+                key = row.id.rsplit("/", 1)[0]
+                if accept(key, row):
+                    accepted[key] = row
     return [accepted[key] for key in prompts if key in accepted]
-
-
-def _run(writer: Writer, jobs: Sequence[Job], out: Path, source: str, seed: int, progress: bool,
-         note: str = "") -> list[Row]:
-    written = {r.id: r for r in existing(out, {**writer.identity(), "seed": seed})}
-    wanted = {job.id for job in jobs}
-    have = len(wanted & written.keys())
-    with JsonlWriter(out) as sink, progress_bar(len(jobs), have, f"{source} → {out.name} {note}".rstrip(), progress) as bar:
-        for row in respond(writer, jobs, sink, source=source, bar=bar, done=written, seed=seed):
-            written[row.id] = row
-    return [written[job.id] for job in jobs]
 
 
 def existing(out: Path, identity: Mapping[str, Any]) -> list[Row]:

@@ -1,17 +1,14 @@
 """What a method has the model write: on file as it ends, counted, and never written twice."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
 from sasft.data import Row
 from sasft.errors import UsageError
-from sasft.files import JsonlWriter
 from sasft.methods.base import Workshop
 from sasft.sampling import Sampler
-from sasft.writing import Job, existing, progress_bar, respond
-
-Write = Callable[[Sequence[Job]], list[Row]]
+from sasft.writing import Job, Write, writing_to
 
 
 def greedy(max_new_tokens: int) -> Sampler:
@@ -32,14 +29,11 @@ def writing(workshop: Workshop, method: str, name: str, sampler: Sampler, total:
         raise UsageError(f"the method {method} has the model write, so its workshop needs a writer; got None")
     writer = replace(workshop.writer, sampler=sampler)
     out = workshop.folder / f"{method}-{name}.jsonl"
-    written = {row.id: row for row in existing(out, {**writer.identity(), "seed": workshop.seed})}
-    with JsonlWriter(out) as sink, progress_bar(total, len(written), f"{method}: {name}", progress=True) as bar:
+    with writing_to(out, writer, source=method, seed=workshop.seed, total=total, text=f"{method}: {name}") as write:
 
-        def write(jobs: Sequence[Job]) -> list[Row]:
-            new = respond(writer, jobs, sink, source=method, bar=bar, done=written, seed=workshop.seed)
-            written.update((row.id, row) for row in new)
-            rows = [written[job.id] for job in jobs]
+        def counted(jobs: Sequence[Job]) -> list[Row]:
+            rows = write(jobs)
             workshop.costs.generated_tokens += sum(len(row.meta["logprobs"]) for row in rows)
             return rows
 
-        yield write
+        yield counted
