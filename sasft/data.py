@@ -71,6 +71,7 @@ class Row:
             raise UsageError(f"the columns found, {listed(data)}, make none of the shapes needed: {_SHAPES}; if others hold the "
                              "same, say which behind the name: FILE:prompt=question,response=answer")
         ids, finished = rest.pop("response_ids", None), rest.pop("finished", True)
+        name, source = rest.pop("id", None), rest.pop("source", None)  # a missing one may be written as null
         if ids is not None and not (isinstance(ids, list) and all(type(i) is int for i in ids)):
             raise UsageError(f'"response_ids" must be a list of integers, got {_brief(ids)}')
         if not isinstance(finished, bool):
@@ -78,7 +79,7 @@ class Row:
         if ids is None and not response.strip():
             raise _NoAnswer("the answer is empty")
         return cls(
-            id=str(rest.pop("id", default_id)), source=str(rest.pop("source", default_source)),
+            id=default_id if name is None else str(name), source=default_source if source is None else str(source),
             prompt=tuple(prompt), response=response,
             response_ids=None if ids is None else tuple(ids), finished=finished, meta=rest)
 

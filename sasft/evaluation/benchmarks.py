@@ -15,7 +15,7 @@ from sasft.evaluation.checked import instruction_suite, reference_suite
 from sasft.evaluation.natural_instructions import super_ni
 from sasft.evaluation.request import Request
 from sasft.evaluation.scoring import gsm8k_scores, same_formula
-from sasft.evaluation.sources import Hub, Rows, Source, check_columns
+from sasft.evaluation.sources import Hub, Rows, Source, check_columns, check_texts
 from sasft.evaluation.suites import Answered, Chosen, Item, Suite, cluster_of_text, turns, user
 from sasft.files import sha256_file
 
@@ -26,7 +26,7 @@ LETTERS = "ABCDEFGHIJ"
 
 
 def _gsm8k_source(split: str) -> Source:
-    return Source(title=f"GSM8K ({split})", file=f"gsm8k/{split}.jsonl", columns=("question", "answer"),
+    return Source(title=f"GSM8K ({split})", file=f"gsm8k/{split}.jsonl", columns=("question", "answer"), texts=("question", "answer"),
                   home="https://github.com/openai/grade-school-math",
                   hub=Hub(name="openai/gsm8k", config="main", split=split, revision="cc7b047b6e5bb11b4f1af84efc572db110a51b3c"))
 
@@ -64,6 +64,7 @@ def _question(question: str, choices: Sequence[str], head: str = "") -> str:
 
 def _mmlu_source(split: str) -> Source:
     return Source(title=f"MMLU ({split})", file=f"mmlu/{split}.jsonl", columns=("subject", "question", "choices", "answer"),
+                  texts=("subject", "question"),
                   home="https://github.com/hendrycks/test",
                   hub=Hub(name="cais/mmlu", config="all", split=split, revision="c30699e8356da336a370243923dbaf21066bb9fe"))
 
@@ -124,11 +125,12 @@ def agieval(request: Request) -> Suite:
     """
     part = request.one_of(_AGIEVAL)
     source = Source(title=f"AGIEval ({part})", file=f"agieval/{part}.jsonl", columns=("passage", "question", "options", "label"),
-                    home="https://github.com/ruixiangcui/AGIEval", hub=Hub(name=f"hails/agieval-{part}", row=_agieval_row))
+                    texts=("question",), home="https://github.com/ruixiangcui/AGIEval", hub=Hub(name=f"hails/agieval-{part}", row=_agieval_row))
     rows, provenance = source.read(request.folder)
     if part == "math":
         request.no_shots()
         check_columns(rows, ("answer",), source.title)
+        check_texts(rows, ("answer",), source.title)
         items = [Item(id=str(i), asked=r["question"], gold=r["answer"], prompt=user(
             r["question"] + "\n\nWork it out step by step. End with the answer in \\boxed{}.")) for i, r in enumerate(rows)]
         return Answered(name=request.spec, items=items, metrics=("formula",), source=provenance, max_new_tokens=512,
@@ -156,7 +158,7 @@ def piqa(request: Request) -> Suite:
     """
     request.no_part(), request.no_shots()
     source = Source(title="PIQA (validation)", file="piqa/valid.jsonl", columns=("goal", "sol1", "sol2"),
-                    home="https://yonatanbisk.com/piqa", form="valid.jsonl beside its valid-labels.lst",
+                    texts=("goal", "sol1", "sol2"), home="https://yonatanbisk.com/piqa", form="valid.jsonl beside its valid-labels.lst",
                     hub=Hub(name="baber/piqa", split="validation"))
     rows, provenance = source.read(request.folder)
     if "file" in provenance:
@@ -187,6 +189,7 @@ def ifeval(request: Request) -> Suite:
     our own (:mod:`sasft.evaluation.instructions`); scores as in :func:`sasft.evaluation.checked.instruction_suite`."""
     request.no_part(), request.no_shots()
     source = Source(title="IFEval", file="ifeval/input_data.jsonl", columns=("key", "prompt", "instruction_id_list", "kwargs"),
+                    texts=("prompt",),
                     home="https://github.com/google-research/google-research/tree/master/instruction_following_eval",
                     hub=Hub(name="google/IFEval", split="train", revision="966cd89545d6b6acfd7638bc708b98261ca58e84"))
     rows, provenance = source.read(request.folder)
@@ -219,7 +222,8 @@ def _medical(request: Request, source: Source, answer: str, suffix: str = "") ->
 def medquad(request: Request) -> Suite:
     """Medical question answering (MedQuAD): ROUGE-L over the tenth of the questions that :func:`held_out` names."""
     return _medical(request, Source(title="MedQuAD (short answers)", file="medquad_short/medquad_short.jsonl",
-                                    columns=("question", "answer"), home="https://github.com/abachaa/MedQuAD",
+                                    columns=("question", "answer"), texts=("question", "answer"),
+                                    home="https://github.com/abachaa/MedQuAD",
                                     hub=Hub(name="keivalya/MedQuad-MedicalQnADataset", split="train",
                                             row=lambda r: {"question": r["Question"], "answer": r["Answer"]})), "answer")
 
@@ -228,14 +232,14 @@ def meqsum(request: Request) -> Suite:
     """Summaries of consumers' health questions (MeQSum): ROUGE-L over the tenth that :func:`held_out` names; the last sentence of
     the prompt is ours."""
     return _medical(request, Source(title="MeQSum", file="meqsum/meqsum.jsonl", columns=("question", "summary"),
-                                    home="https://github.com/abachaa/MeQSum"), "summary",
+                                    texts=("question", "summary"), home="https://github.com/abachaa/MeQSum"), "summary",
                     "\n\nSummarise this as one short question.")
 
 
 def medtext(request: Request) -> Suite:
     """MedText, the medical set of arXiv 2602.20162: ROUGE-L over the tenth that :func:`held_out` names."""
     return _medical(request, Source(title="MedText", file="medtext/medtext.jsonl", columns=("question", "answer"),
-                                    home="https://huggingface.co/datasets/BI55/MedText",
+                                    texts=("question", "answer"), home="https://huggingface.co/datasets/BI55/MedText",
                                     hub=Hub(name="BI55/MedText", split="train",
                                             row=lambda r: {"question": r["Prompt"], "answer": r["Completion"]})), "answer")
 

@@ -2,22 +2,24 @@
 answers."""
 
 import pydoc_data.topics
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from sasft.chat import Chat, Encoded
-from sasft.data import encode_rows, read_rows
+from sasft.data import Row, encode_rows, read_rows
 from sasft.errors import UsageError
 from sasft.evaluation.checked import instruction_suite, reference_suite
 from sasft.evaluation.request import Request
 from sasft.evaluation.suites import Answered, Item, Predicted, Suite, user
 from sasft.files import sha256_file
+from sasft.sources import Source
 from sasft.tasks import get_task
 
 _WINDOW = 256  # tokens of a text that are predicted together
-_MAX_TOKENS = 1024  # of a row; what is beyond is cut off
+_MAX_TOKENS = 1024  # of an answer; what is beyond is cut off
 _PROBLEMS = 200
 _PROBLEM_SEED = 20_260_220  # a stream of its own, apart from the small seeds that training data are drawn with
 
@@ -91,7 +93,7 @@ def text(request: Request) -> Suite:
     if request.part:
         path = Path(request.part)
         try:
-            whole = path.read_text(encoding="utf-8")
+            whole = path.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"suite {request.spec!r}: {path} can't be read as UTF-8 text: {error}") from None
         source, most = {"file": path.name, "sha256": sha256_file(path)}, None
@@ -111,12 +113,13 @@ def _windows(chat: Chat, whole: str) -> list[Encoded]:
 
 
 def rows(request: Request) -> Suite:
-    """NLL, and with a base KL, on the answers of held-out rows, ``rows:file.jsonl``; the end of a row beyond 1,024 tokens is
-    cut off."""
+    """NLL, and with a base KL, on the answers of held-out rows, ``rows:file.jsonl`` (or Parquet, as everywhere); the end of an
+    answer beyond 1,024 tokens is cut off."""
     request.no_shots()
-    path, read = _file(request)
-    encoded, _ = encode_rows(read, request.chat, _MAX_TOKENS, too_long="truncate")
-    return _predicted(request.spec, list(zip(_ids(read), encoded, strict=True)), {"file": path.name, "sha256": sha256_file(path)})
+    read, source = _file(request)
+    encoded, _ = encode_rows(read, request.chat, sys.maxsize)
+    return _predicted(request.spec, [(i, row.cut(row.start + _MAX_TOKENS)) for i, row in zip(_ids(read), encoded, strict=True)],
+                      source)
 
 
 def _predicted(name: str, encoded: list[tuple[str, Encoded]], source: dict[str, Any]) -> Suite:
@@ -127,20 +130,21 @@ def _predicted(name: str, encoded: list[tuple[str, Encoded]], source: dict[str, 
 def answers(request: Request) -> Suite:
     """The task's own score: the answers of held-out rows, ``answers:file.jsonl``, as references for ROUGE-L and exact match."""
     request.no_shots()
-    path, read = _file(request)
+    read, source = _file(request)
     items = [Item(id=i, asked=row.prompt[-1]["content"], prompt=row.prompt, gold=[row.response])
              for i, row in zip(_ids(read), read, strict=True)]
-    return reference_suite(request.spec, items, {"file": path.name, "sha256": sha256_file(path)}, max_new_tokens=256)
+    return reference_suite(request.spec, items, source, max_new_tokens=256)
 
 
-def _file(request: Request) -> tuple[Path, list]:
+def _file(request: Request) -> tuple[list[Row], dict[str, Any]]:
+    """The rows of a file, and its name and hash."""
     if not request.part:
         raise UsageError(f"suite {request.spec!r} needs a JSONL file of rows: {request.spec}:file.jsonl")
-    path = Path(request.part)
-    return path, read_rows(path)
+    source = Source.parse(request.part)
+    return read_rows(source), {"file": Path(source.where).name, "sha256": source.sha256()}
 
 
-def _ids(read: list) -> list[str]:
+def _ids(read: Sequence[Row]) -> list[str]:
     """The rows' ids, numbered where they are not distinct."""
     ids = [row.id for row in read]
     return ids if len(set(ids)) == len(ids) else [f"{i}-{name}" for i, name in enumerate(ids)]

@@ -2,13 +2,15 @@
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from sasft.errors import UsageError
 from sasft.evaluation.checked import reference_suite
 from sasft.evaluation.request import Request
-from sasft.evaluation.sources import Hub, Source, check_columns, read_jsonl
+from sasft.evaluation.sources import Hub, Source, check_columns, check_texts, read_jsonl
 from sasft.evaluation.suites import Item, Suite, cluster_of_text, turns, user
 from sasft.files import sha256_file
 
@@ -64,25 +66,52 @@ def _task(request: Request) -> _Task:
     path = known[named[0]]
     provenance = {"file": f"super_ni/{path.name}", "sha256": sha256_file(path)}
     if path.suffix == ".json":
-        task = json.loads(path.read_text(encoding="utf-8"))
-        check_columns([task], ("Definition", "Positive Examples", "Instances"), str(path))
-        check_columns(task["Instances"], ("input", "output"), f"Instances of {path}")
+        task = _published(path)
         definition = task["Definition"] if isinstance(task["Definition"], str) else " ".join(task["Definition"])
-        return _Task(definition, [(str(r.get("id", i)), r["input"], list(r["output"])) for i, r in enumerate(task["Instances"])],
-                     [(e["input"], e["output"]) for e in task["Positive Examples"]], provenance)
+        return _Task(definition, [(str(r.get("id", i)), r["input"], _references(r)) for i, r in enumerate(task["Instances"])],
+                     [(e["input"], _references(e)[0]) for e in task["Positive Examples"]], provenance)
     rows = read_jsonl(path)
     check_columns(rows, ("id", "input", "output"), str(path))
+    check_texts(rows, ("input",), str(path))
     text, train = (path.with_name(f"{named[0]}.{end}") for end in ("definition.txt", "train.jsonl"))
     if not text.exists():
         raise UsageError(f"{text} is missing: it holds the task's definition, which every prompt begins with")
-    examples = [(r["input"], r["output"]) for r in read_jsonl(train)] if request.shots and train.exists() else []
-    return _Task(text.read_text(encoding="utf-8").strip(), [(str(r["id"]), r["input"], [r["output"]]) for r in rows], examples,
+    shown = read_jsonl(train) if request.shots and train.exists() else []
+    if shown:
+        check_columns(shown, ("input", "output"), str(train))
+    examples = [(r["input"], _references(r)[0]) for r in shown]
+    return _Task(text.read_text(encoding="utf-8").strip(), [(str(r["id"]), r["input"], _references(r)) for r in rows], examples,
                  provenance)
+
+
+def _published(path: Path) -> dict[str, Any]:
+    """A task's file as its authors publish it."""
+    try:
+        task = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # no UTF-8, or no JSON
+        raise UsageError(f"{path} is not the JSON of a task as it is published at {_HOME}: {error}") from None
+    check_columns([task], ("Definition", "Positive Examples", "Instances"), str(path))
+    for name in ("Positive Examples", "Instances"):
+        rows = task[name]
+        if not (isinstance(rows, list) and all(isinstance(row, dict) for row in rows)):
+            raise UsageError(f"{name} of {path} must be a list of objects, got {str(rows)[:60]!r}")
+        if rows or name == "Instances":
+            check_columns(rows, ("input", "output"), f"{name} of {path}")
+            check_texts(rows, ("input",), f"{name} of {path}")
+    return task
+
+
+def _references(row: Mapping[str, Any]) -> list[str]:
+    """A row's outputs, one text or several."""
+    found = [row["output"]] if isinstance(row["output"], str) else row["output"]
+    if not (isinstance(found, list) and found and all(isinstance(text, str) for text in found)):
+        raise UsageError(f"the output of the input {str(row['input'])[:60]!r} must be a text or texts, got {row['output']!r}")
+    return found
 
 
 def _from_hub(part: str) -> _Task:
     source = Source(title=f"Super-NaturalInstructions, {part}", file=f"super_ni/{part}_<name>.json", home=_HOME,
-                    columns=("id", "definition", "inputs", "targets"), form="the task's JSON file as it is",
+                    columns=("id", "definition", "inputs", "targets"), texts=("definition", "inputs", "targets"), form="the task's JSON file as it is",
                     hub=Hub(name="Muennighoff/natural-instructions", split="train+test",
                             revision="a29a9757125f4bb1c26445ad0d2ef7d9b2cc9c4c",
                             keep=lambda row: row["task_name"] == part or row["task_name"].startswith(part + "_")))

@@ -1,5 +1,6 @@
 """A suite as it is asked for by name."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -7,6 +8,9 @@ from pathlib import Path
 
 from sasft.chat import Chat
 from sasft.errors import UsageError
+from sasft.sources import FIELDS
+
+_BETWEEN = re.compile(rf",(?!\s*(?:{'|'.join(FIELDS)})=)")
 
 Example = tuple[str, str]
 """A worked example: the question as it is put to the model, and the answer."""
@@ -48,6 +52,15 @@ class Request:
             raise UsageError(f"suite {self.spec!r} asks for {self.shots} shots, but there are {len(shown)} examples to show "
                              f"beside the question {question[:60]!r}")
         return shown
+
+
+def taken_apart(text: str) -> list[str]:
+    """Names separated by commas; the columns that follow a file's name stay with it.
+
+    >>> taken_apart("gsm8k@5, answers:test.parquet:prompt=q,response=a,text")
+    ['gsm8k@5', 'answers:test.parquet:prompt=q,response=a', 'text']
+    """
+    return [name.strip() for name in _BETWEEN.split(text) if name.strip()]
 
 
 def _same(question: str) -> str:

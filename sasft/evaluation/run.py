@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -12,6 +12,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from drift.adapters import has_adapters
 from drift.divergence_probe import NO_ADAPTERS
 from sasft.chat import Chat
 from sasft.data import read_rows
@@ -20,15 +21,16 @@ from sasft.evaluation.benchmarks import BENCHMARKS
 from sasft.evaluation.builtin import BUILT_IN
 from sasft.evaluation.contamination import contaminated
 from sasft.evaluation.harness import Harness
-from sasft.evaluation.request import Request
+from sasft.evaluation.request import Request, taken_apart
 from sasft.evaluation.sources import FOLDER_VARIABLE, MissingSet, data_folder
 from sasft.evaluation.subject import Base, Subject
-from sasft.evaluation.suites import Item, Suite
+from sasft.evaluation.suites import Answered, Item, Suite
 from sasft.evaluation.summary import read_records, summarise, table
 from sasft.files import JsonlWriter, ensure_writable, write_json
 from sasft.manifest import claim
 from sasft.models import load_model, weights_hash
 from sasft.precision import Precision, resolved
+from sasft.sampling import positions
 from sasft.settings import option
 from sasft.versions import versions
 
@@ -48,11 +50,11 @@ class MeasureSettings:
     temperature: float = option(0.0, "sampling temperature of written answers; 0 takes the most probable token")
     seed: int = option(0, "seed of sampled answers; each depends on it and on its item alone")
     max_new_tokens: int = option(0, "length cap of an answer in tokens; 0 for each suite's own")
-    training: str | None = option(None, "JSONL files of training rows, separated by commas, to look for the questions in")
+    training: str | None = option(None, "files of training rows (or hub datasets), separated by commas, to look for the questions in")
     task_folder: str | None = option(None, "folder of lm-eval task files (YAML) of your own")
 
     def __post_init__(self) -> None:
-        for name, least in (("limit", 0), ("batch_size", 1), ("max_new_tokens", 0), ("temperature", 0)):
+        for name, least in (("limit", 0), ("batch_size", 1), ("max_new_tokens", 0), ("temperature", 0), ("seed", 0)):
             if getattr(self, name) < least:
                 raise UsageError(f"{name} must be at least {least}, got {getattr(self, name)}")
         self.precision = resolved(self.precision)
@@ -96,7 +98,8 @@ def evaluate(
     there; another model or setting is refused.
 
     Raises :class:`UsageError`, before any item is run, for unknown suites, sets that are missing, empty or of another shape,
-    prompts that the template refuses or that are longer than the model takes, and a folder that holds another run.
+    prompts that the template refuses or that with their answers may be longer than the model takes, a base that predicts other
+    tokens, and a folder that holds another run.
     """
     settings = MeasureSettings() if settings is None else settings
     out, chat = Path(out), Chat(tokenizer)
@@ -104,6 +107,7 @@ def evaluate(
     _check(made)
     subject = Subject(model=model, chat=chat, base=base, precision=settings.precision, temperature=settings.temperature,
                       seed=settings.seed, batch_size=settings.batch_size, max_new_tokens=settings.max_new_tokens)
+    _check_base(subject)
     asked = {suite.name: choose(suite.items, settings.limit) for suite in made}
     shown = {suite.name: _shown(suite, subject, asked[suite.name]) for suite in made}
     found_in_training = {suite.name: _contaminated(asked[suite.name], settings) for suite in made}
@@ -127,12 +131,14 @@ def evaluate(
 
 def run(settings: EvaluateSettings) -> dict[str, Any]:
     """Load the model (and the base), evaluate, print the table; returns the summary."""
-    names = [name.strip() for name in settings.suites.split(",") if name.strip()]
     model, tokenizer = load_model(settings.model, revision=settings.revision)
     base: Base = None
     if settings.base is not None:
-        base = NO_ADAPTERS if settings.base == NO_ADAPTERS else load_model(settings.base)[0]
-    summary = evaluate(model, tokenizer, names, settings.out, settings, base=base)
+        base, other = (NO_ADAPTERS, tokenizer) if settings.base == NO_ADAPTERS else load_model(settings.base)
+        if other.get_vocab() != tokenizer.get_vocab():
+            raise UsageError(f"base {settings.base} has another tokenizer than {settings.model}, and a KL between predictions of "
+                             "different tokens means nothing; name the model that it was trained from, or leave base out")
+    summary = evaluate(model, tokenizer, taken_apart(settings.suites), settings.out, settings, base=base)
     print(table(summary))
     return summary
 
@@ -181,14 +187,18 @@ class _Shown:
 
 
 def _shown(suite: Suite, subject: Subject, items: Sequence[Item]) -> dict[str, _Shown]:
-    """What the model is shown, by item. Raises :class:`UsageError` for a prompt that is longer than it takes."""
+    """What the model is shown, by item. Raises :class:`UsageError` for a prompt that, with its answer, is longer than it takes."""
     found = {}
-    most = getattr(getattr(subject.model, "config", None), "max_position_embeddings", None)
+    most = positions(subject.model)
+    cap = (subject.max_new_tokens or suite.max_new_tokens) - 1 if isinstance(suite, Answered) else 0  # the last token is never fed
     for item in items:
         ids = suite.prompt_ids(subject, item)
-        if most is not None and len(ids) > most:
-            raise UsageError(f"suite {suite.name!r}: the prompt of item {item.id} has {len(ids)} tokens, the model takes {most}; "
-                             "show fewer worked examples (@n), or leave the suite out")
+        if len(ids) > most:
+            raise UsageError(f"suite {suite.name!r}: the prompt of item {item.id} has {len(ids)} tokens, the model takes "
+                             f"{most}; show fewer worked examples (@n), or leave the suite out")
+        if len(ids) + cap > most:
+            raise UsageError(f"suite {suite.name!r}: the prompt of item {item.id} has {len(ids)} tokens and its answer up to {cap}, "
+                             f"the model takes {most}; lower max_new_tokens, show fewer worked examples (@n), or leave the suite out")
         found[item.id] = _Shown(len(ids), hashlib.sha256(" ".join(map(str, ids)).encode()).hexdigest())
     return found
 
@@ -268,10 +278,19 @@ def _check(suites: Sequence[Suite]) -> None:
                              f"{next(i for i in ids if ids.count(i) > 1)!r} is not")
 
 
+def _check_base(subject: Subject) -> None:
+    if subject.base == NO_ADAPTERS and not has_adapters(subject.model):
+        raise UsageError(f"base is {NO_ADAPTERS!r}, but the model has none; name the model that it was trained from")
+    if isinstance(subject.base, nn.Module):
+        base, model = (m.get_output_embeddings().weight.shape[0] for m in (subject.base, subject.model))
+        if base != model:
+            raise UsageError(f"base predicts {base} tokens, the model {model}; name the model that it was trained from, or leave base "
+                             "out")
+
+
 def _contaminated(items: Sequence[Item], settings: MeasureSettings) -> list[str] | None:
     """Ids of the items whose question occurs in the training rows; None if nothing was looked at."""
     asked = {item.id: item.asked for item in items if item.asked}
     if settings.training is None or not asked:
         return None
-    files: Iterable[str] = (name.strip() for name in settings.training.split(",") if name.strip())
-    return contaminated(asked, (row for name in files for row in read_rows(name)))
+    return contaminated(asked, (row for name in taken_apart(settings.training) for row in read_rows(name)))

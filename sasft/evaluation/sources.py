@@ -48,13 +48,14 @@ class Hub:
 class Source:
     """Rows of one split of a benchmark.
 
-    ``file`` inside the folder of data, whose rows need the ``columns``; the page ``home`` of its authors, and the ``form`` in
+    ``file`` inside the folder of data, whose rows need the ``columns``, those of ``texts`` as text; the page ``home`` of its authors, and the ``form`` in
     which the file is read; the set on the ``hub`` that stands in where there is no such file.
     """
 
     title: str
     file: str
     columns: tuple[str, ...]
+    texts: tuple[str, ...]
     home: str
     form: str = "one JSON object a line"
     hub: Hub | None = None
@@ -63,15 +64,17 @@ class Source:
         """The rows and their provenance: the file and its SHA-256, or the hub's name, split and commit.
 
         The file is read where it is there, else the hub is asked. Raises :class:`MissingSet` where neither has the set (and says
-        where to get it, under which name and revision), :class:`UsageError` for an empty set and for rows without the columns
-        needed.
+        where to get it, under which name and revision), :class:`UsageError` for an empty set, for rows without the columns needed,
+        and for something else in them where text is needed.
         """
         path = None if folder is None else folder / self.file
         if path is not None and path.exists():
             rows, provenance = read_jsonl(path), {"file": self.file, "sha256": sha256_file(path)}
         else:
             rows, provenance = self._from_hub()
-        check_columns(rows, self.columns, f"{self.title} ({path if 'file' in provenance else provenance['hub']})")
+        where = f"{self.title} ({path if 'file' in provenance else provenance['hub']})"
+        check_columns(rows, self.columns, where)
+        check_texts(rows, self.texts, where)
         return rows, provenance
 
     def _from_hub(self) -> tuple[Rows, dict[str, Any]]:
@@ -123,3 +126,10 @@ def check_columns(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], whe
         if missing := [c for c in columns if c not in row]:
             raise UsageError(f"{where}, row {number}: columns {', '.join(missing)} are missing; found "
                              f"{', '.join(row) or '(none)'}, needed {', '.join(columns)}")
+
+
+def check_texts(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], where: str) -> None:
+    """Raise :class:`UsageError` for a row with something else than text in one of these columns."""
+    for number, row in enumerate(rows, start=1):
+        if other := [c for c in columns if not isinstance(row[c], str)]:
+            raise UsageError(f"{where}, row {number}: {other[0]} must be text, got {row[other[0]]!r}")

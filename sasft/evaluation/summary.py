@@ -81,18 +81,20 @@ def _macro(groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def table(summary: Mapping[str, Any]) -> str:
-    """The summary for a terminal: what every score hangs on, then one line a score; unfinished answers beside written ones."""
-    identity, head = summary["identity"], ("suite", "metric", "score", "± s.e.", "n", "unfinished", "off template", "in training")
+    """The summary for a terminal: what every score hangs on, then one line a score; the hash of a suite's prompts (as far as a
+    glance can compare it) and unfinished answers beside it."""
+    identity, head = summary["identity"], ("suite", "metric", "score", "± s.e.", "n", "prompts", "unfinished", "off template",
+                                           "in training")
     rows = [head]
     for name, suite in summary["suites"].items():
         answers, seen = suite.get("answers"), suite.get("contaminated")
-        notes = [str(answers["unfinished"]) if answers else "", str(answers["off_template"]) if answers else "",
+        notes = [suite["prompts_sha256"][:8], str(answers["unfinished"]) if answers else "", str(answers["off_template"]) if answers else "",
                  str(seen["n"]) if seen else ""]
         for i, (metric, score) in enumerate(suite["scores"].items()):
             error = "" if score["stderr"] is None else f"{score['stderr']:.4f}"
             rows.append((name if i == 0 else "", metric, f"{score['score']:.4f}", error, str(score["n"]),
-                         *(notes if i == 0 else ("", "", ""))))
-    kept = [c for c in range(len(head)) if c < 5 or any(row[c] for row in rows[1:])]
+                         *(notes if i == 0 else [""] * len(notes))))
+    kept = [c for c in range(len(head)) if c < 6 or any(row[c] for row in rows[1:])]
     widths = {c: max(len(row[c]) for row in rows) for c in kept}
     lines = ["  ".join(row[c].ljust(widths[c]) if c < 2 else row[c].rjust(widths[c]) for c in kept).rstrip() for row in rows]
     generation, packages = identity["generation"], identity["versions"]

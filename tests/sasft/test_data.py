@@ -34,13 +34,13 @@ def test_three_shapes_of_a_row(file):
         {"messages": [SYSTEM, USER, {"role": "assistant", "content": "Yo"}]},
         {"prompt": "Hi", "response": "Yo", "id": 7, "source": "mine", "level": "easy"},
         {"instruction": "Add", "input": "2 + 2", "output": "4"},
-        {"instruction": "Greet", "input": "", "output": "Yo"},
+        {"instruction": "Greet", "input": "", "output": "Yo", "id": None, "source": None},
     ])))
     system, plain, full, short = read_rows(file)
     assert system == Row("rows-1", "rows", (SYSTEM, USER), "Yo")
     assert plain == Row("7", "mine", (USER,), "Yo", meta={"level": "easy"})
     assert full.prompt == ({"role": "user", "content": "Add\n\n2 + 2"},) and full.response == "4"
-    assert short.prompt == ({"role": "user", "content": "Greet"},) and short.id == "rows-4"
+    assert short.prompt == ({"role": "user", "content": "Greet"},) and (short.id, short.source) == ("rows-4", "rows")
 
 
 def test_sampled_rows_keep_their_tokens_and_may_be_empty_or_cut(file):

@@ -1,5 +1,6 @@
 """Every suite from small files of the public sets' shape: prompts, gold, clusters, worked examples; faulty files; the hub."""
 
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -176,6 +177,13 @@ def test_a_held_out_tenth_is_a_tenth() -> None:
     ("gsm8k/test.jsonl", [{"question": "?", "result": 3}], "gsm8k",
      "row 1: columns answer are missing; found question, result, needed question"),
     ("gsm8k/test.jsonl", [], "gsm8k", "has no rows; rows with the fields question, answer are needed"),
+    ("gsm8k/test.jsonl", [{"question": "?", "answer": 7}], "gsm8k", r"gsm8k/test.jsonl\), row 1: answer must be text, got 7"),
+    ("ifeval/input_data.jsonl", [{**small_sets.IFEVAL[0], "prompt": None}], "ifeval", "row 1: prompt must be text, got None"),
+    ("agieval/math.jsonl", [{**small_sets.AGIEVAL["math"][0], "answer": None}], "agieval:math", "answer must be text, got None"),
+    ("super_ni/task007_on_the_quay.test.jsonl", [{"id": "a", "input": "Who?", "output": 3}], "super_ni:task007",
+     "the output of the input 'Who.' must be a text or texts, got 3"),
+    ("super_ni/task007_on_the_quay.train.jsonl", [{"id": "a", "text": "Who?"}], "super_ni:task007@1",
+     "columns input, output are missing; found id, text"),
     ("mmlu/test.jsonl", [{**small_sets.MMLU["test"][0], "answer": "B"}], "mmlu",
      "answer must be the index of one of the 4 choices, got 'B'"),
     ("mmlu/test.jsonl", [{**small_sets.MMLU["test"][0], "answer": 4}], "mmlu", "got 4"),
@@ -187,6 +195,29 @@ def test_files_of_another_shape(tmp_path: Path, make, file: str, rows: list[dict
     small_sets.jsonl(tmp_path / "data" / file, rows)
     with pytest.raises(UsageError, match=told):
         make(spec)
+
+
+@pytest.mark.parametrize(("text", "told"), [
+    ('{"Definition": ', "task008_next_number.json is not the JSON of a task as it is published at https://github.com/allenai"),
+    (json.dumps({**small_sets.PUBLISHED, "Instances": {"a": 1}}), "Instances of .* must be a list of objects, got"),
+    (json.dumps({**small_sets.PUBLISHED, "Instances": [{"input": "5", "output": []}]}), "must be a text or texts, got"),
+    (json.dumps({**small_sets.PUBLISHED, "Positive Examples": [{"input": "5"}]}), "Positive Examples of .*: columns output are missing"),
+    (json.dumps({"Instances": []}), "columns Definition, Positive Examples are missing")])
+def test_published_tasks_of_another_shape(tmp_path: Path, make, text: str, told: str) -> None:
+    (tmp_path / "data/super_ni/task008_next_number.json").write_text(text)
+    with pytest.raises(UsageError, match=told):
+        make("super_ni:task008")
+
+
+def test_one_reference_or_several(tmp_path: Path, make) -> None:
+    small_sets.jsonl(tmp_path / "data/super_ni/task007_on_the_quay.test.jsonl", [
+        {"id": "a", "input": "Who?", "output": ["The dog.", "A dog"]}, {"id": "b", "input": "Why?", "output": "Rain."}])
+    suite = make("super_ni:task007")
+    assert [item.gold for item in suite.items] == [["The dog.", "A dog"], ["Rain."]]
+    assert suite.check(suite.items[0], "a dog") == {"rouge_l": 1.0, "exact_match": 1.0}
+    one = {**small_sets.PUBLISHED, "Instances": [{"input": "5", "output": "six"}]}
+    (tmp_path / "data/super_ni/task008_next_number.json").write_text(json.dumps(one))
+    assert make("super_ni:task008").items[0].gold == ["six"]  # and not its letters
 
 
 def test_a_line_that_is_not_json_is_named(tmp_path: Path, make) -> None:

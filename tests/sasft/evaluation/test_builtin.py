@@ -3,8 +3,11 @@
 import hashlib
 import json
 import pydoc_data.topics
+from datetime import datetime
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from sasft.errors import UsageError
@@ -52,6 +55,8 @@ def test_a_text_in_windows(tmp_path: Path) -> None:
     assert [i.gold.input_ids for i in suite.items] == [tuple(ids[:256]), tuple(ids[256:512]), tuple(ids[512:])]
     assert [i.gold.loss_tokens for i in suite.items] == [255, 255, 9]  # nothing predicts a window's first token
     assert suite.source == {"file": "text.txt", "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    path.write_bytes(b"\xef\xbb\xbf" + b"x" * 256)
+    assert [i.gold.input_ids for i in make(f"text:{path}").items] == [tuple(ids[:256])]  # a byte-order mark is no text
     path.write_text("x" * 257)
     assert len(make(f"text:{path}").items) == 1  # a window of one token has nothing to predict
     path.write_text("x")
@@ -74,9 +79,14 @@ def test_rows_and_their_answers(tmp_path: Path) -> None:
     suite = make(f"rows:{path}")
     assert [i.id for i in suite.items] == ["0-a", "1-a"]  # ids that come twice are numbered
     assert suite.items[0].gold.loss_tokens == 4 and suite.items[0].gold.finished  # y, e, s and the end of turn
-    assert len(suite.items[1].gold.input_ids) == 1024 and not suite.items[1].gold.finished
+    assert suite.items[1].gold.loss_tokens == 1024 and not suite.items[1].gold.finished  # the end of an answer is cut off
+    long = small_sets.jsonl(tmp_path / "long.jsonl", [{"prompt": "p" * 1500, "response": "yes"}])
+    assert make(f"rows:{long}").items[0].gold.response_ids == suite.items[0].gold.response_ids  # however long what comes before
     written = make(f"answers:{path}")
     assert [(i.asked, i.gold) for i in written.items] == [("Say yes.", ["yes"]), ("Say much.", ["w" * 2000])]
+    pq.write_table(pa.table({"q": ["Say yes."], "a": ["yes"], "when": [datetime(2026, 1, 1)]}), tmp_path / "rows.parquet")
+    table = make(f"answers:{tmp_path}/rows.parquet:prompt=q,response=a")
+    assert table.items[0].gold == ["yes"] and table.source["file"] == "rows.parquet" and len(table.source["sha256"]) == 64
     assert written.check(written.items[0], "Yes!") == {"rouge_l": 1.0, "exact_match": 1.0}
     (tmp_path / "other.jsonl").write_text(json.dumps({"q": "?", "a": "!"}) + "\n")
     with pytest.raises(UsageError, match="'q', 'a'"):

@@ -3,11 +3,15 @@
 import hashlib
 import json
 import shutil
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from sasft.errors import UsageError
 from sasft.evaluation import Answered, EvaluateSettings, Item, MeasureSettings, evaluate, forgetting, read_records, run
@@ -171,7 +175,29 @@ def test_divergences_from_a_base(folder: Path, tmp_path: Path) -> None:
     assert list(suite["scores"]) == ["nll/model", "kl/base_model", "kl/model_base", "entropy/base", "entropy/model", "nll/base"]
 
 
+@pytest.mark.parametrize(("base", "told"), [
+    ("without adapters", "base is 'without adapters', but the model has none"),
+    (LlamaForCausalLM(LlamaConfig(vocab_size=300, hidden_size=16, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)),
+     "base predicts 300 tokens, the model 259")])
+def test_a_base_that_cannot_be_compared_with_is_refused_before_any_work(folder: Path, tmp_path: Path, base, told: str) -> None:
+    with pytest.raises(UsageError, match=told):
+        evaluate(tiny_chat.chatty(), tiny_chat.tokenizer(), [f"rows:{folder / 'rows.jsonl'}"], tmp_path / "out", base=base,
+                 progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_base_of_another_tokenizer_is_refused(tmp_path: Path) -> None:
+    model, base = tiny_chat.save_chatty(tmp_path / "model"), tiny_chat.save_chatty(tmp_path / "base")
+    tiny_chat.tokenizer(specials=("<|im_end|>", "<|im_start|>", "<|endoftext|>")).save_pretrained(base)  # as many, in another order
+    with pytest.raises(UsageError, match="has another tokenizer than .*, and a KL between predictions of different tokens"):
+        run(EvaluateSettings(model=str(model), base=str(base), suites="text", out=str(tmp_path / "out")))
+
+
 def test_questions_in_training_rows_are_told(folder: Path) -> None:
+    small_sets.jsonl(folder / "seen.jsonl", [{"prompt": small_sets.GSM8K["test"][0]["question"], "response": "7"}])
+    pq.write_table(pa.table({"q": ["Who?"], "a": [small_sets.GSM8K["test"][1]["question"]]}), folder / "seen.parquet")
+    found = ran(folder, "seen", ["gsm8k"], training=f"{folder}/seen.jsonl, {folder}/seen.parquet:prompt=q,response=a")["suites"]
+    assert found["gsm8k"]["contaminated"]["ids"] == ["0", "1"]
     small_sets.jsonl(folder / "train.jsonl", [{"prompt": small_sets.GSM8K["test"][0]["question"], "response": "7"}])
     found = ran(folder, "seen", ["gsm8k", "mmlu", "rows:rows.jsonl"], training=str(folder / "train.jsonl"))["suites"]
     assert found["gsm8k"]["contaminated"]["ids"] == ["0"] and found["mmlu"]["contaminated"]["n"] == 0
@@ -212,11 +238,21 @@ def test_a_prompt_that_the_model_cannot_take_is_told_before_any_work(tmp_path: P
                        match="suite 'own': the prompt of item long has 10.. tokens, the model takes 512; show fewer worked"):
         evaluate(tiny_chat.chatty(), tiny_chat.tokenizer(), ["task:sums", own(items)], tmp_path / "out", progress=False)
     assert not (tmp_path / "out").exists()
+    room = 512 - len(tiny_chat.chat().prompt_ids(user("?")))
+    told = f"prompt of item 0 has {512 - room} tokens and its answer up to {room + 1}, the model takes 512; lower max_new_tokens"
+    for cap in (room + 2, room + 1):  # the last token of an answer is never fed
+        settings = MeasureSettings(max_new_tokens=cap)
+        arguments = (tiny_chat.chatty(), tiny_chat.tokenizer(), [own([replace(items[0], id="0")])], tmp_path / "fits", settings)
+        if cap == room + 1:
+            evaluate(*arguments, progress=False)
+        else:
+            with pytest.raises(UsageError, match=told):
+                evaluate(*arguments, progress=False)
 
 
 @pytest.mark.parametrize(("settings", "told"), [
     ({"limit": -1}, "limit must be at least 0"), ({"batch_size": 0}, "batch_size must be at least 1"),
-    ({"temperature": -0.1}, "temperature"),
+    ({"temperature": -0.1}, "temperature"), ({"seed": -1}, "seed must be at least 0, got -1"),
     ({"max_new_tokens": -3}, "max_new_tokens"), ({"precision": "fp8"}, "precision must be .*'fp8'")])
 def test_settings_that_make_no_sense(settings: dict, told: str) -> None:
     with pytest.raises(UsageError, match=told):

@@ -112,8 +112,9 @@ def test_the_table_says_what_the_scores_hang_on() -> None:
                "suites": {"gsm8k@5": summarise(answers, ["acc"]), "one": summarise([record(0, 1)], ["acc"])}}
     lines = table(summary).splitlines()
     assert lines[0] == f"weights {'a' * 12}, chat template {'b' * 12}, fp32, greedy" and lines[1] == "python 3.11.7"
-    assert lines[3].split() == ["suite", "metric", "score", "±", "s.e.", "n", "unfinished", "off", "template"]
-    assert lines[4].split() == ["gsm8k@5", "acc", "0.6667", "0.3333", "3", "1", "0"]
-    assert lines[5].split() == ["one", "acc", "1.0000", "1"]
+    prompts = [suite["prompts_sha256"][:8] for suite in summary["suites"].values()]
+    assert lines[3].split() == ["suite", "metric", "score", "±", "s.e.", "n", "prompts", "unfinished", "off", "template"]
+    assert lines[4].split() == ["gsm8k@5", "acc", "0.6667", "0.3333", "3", prompts[0], "1", "0"]
+    assert lines[5].split() == ["one", "acc", "1.0000", "1", prompts[1]] and prompts[0] != prompts[1]
     summary["identity"]["generation"] |= {"temperature": 0.7, "seed": 5}
     assert "T = 0.7, seed 5" in table(summary)
