@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 import drift
+from drift.names import trainable
 from sasft.errors import UsageError
 from sasft.methods import Costs, method
 from sasft.models import load_model
-from sasft.processes import trained_weights
+from sasft.processes import cut_as, own_part, trained_weights
 from sasft.train import TrainSettings, train
 from tests.sasft import tiny_chat
 from tests.sasft.methods import cases
@@ -114,6 +115,10 @@ def work(folder: Path) -> None:
         sharding(sharded)
         model, steps, costs = train_one(folder / name, kind, lora, **settings)
         assert all(hasattr(p, "full_tensor") for p in model.parameters()) == sharded
+        if name == "full":
+            for parameter, weights in zip(trainable(model).values(), trained_weights(model).values(), strict=True):
+                part = own_part(cut_as(weights, parameter))
+                assert torch.equal(part, own_part(parameter)) and part.untyped_storage().nbytes() == part.nbytes < weights.nbytes
         found[name] = {"weights": trained_weights(model), "steps": steps, "costs": costs}
     sharding(True)
     resumed, steps, _ = train_one(folder / "full", "sft", False, **RUNS["full"][3])
