@@ -253,7 +253,8 @@ def weighted_drift(fisher: Fisher, model: Side, base: Side) -> list[WeightedDrif
     known = set(fisher.values if isinstance(fisher, Diagonal) else fisher.factors)
     found = {name: delta for name, delta in deltas(model, base) if name in known}
     if not found:
-        raise ValueError(f"fisher covers none of the parameters that can drift; it has {sorted(known)[:3]}, ...")
+        hint = "; LoRA's drift is that of the weights that it adapts, so take fisher of the base model" if any(".lora_" in n for n in known) else ""
+        raise ValueError(f"fisher covers none of the parameters that can drift; it has {sorted(known)[:3]}, ...{hint}")
     sizes = {n: fisher.values[n].numel() if isinstance(fisher, Diagonal) else math.prod(len(x) for x in fisher.factors[n]) for n in found}
     wrong = next((n for n, delta in found.items() if delta.numel != sizes[n]), None)
     if wrong is not None:

@@ -78,8 +78,9 @@ class Reference:
         files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
         if not files:
             others = sorted(f.name for f in path.glob("*.bin")) if path.is_dir() else []
+            absent = "is not there (nothing is fetched from a hub: give a file or a folder, or load the model and give that)"
             hint = f", but {', '.join(others[:3])}: save it with safe_serialization=True" if others else ""
-            raise FileNotFoundError(f"{path} {f'is a folder without .safetensors files{hint}' if path.is_dir() else 'is not there'}")
+            raise FileNotFoundError(f"{path} {f'is a folder without .safetensors files{hint}' if path.is_dir() else absent}")
         index = path / "model.safetensors.index.json"
         if path.is_dir() and index.exists():
             files = sorted({path / f for f in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})

@@ -302,6 +302,10 @@ def test_wrong_input_is_explained() -> None:
     other.values["head.weight"].resize_(4, 4)
     with pytest.raises(ValueError, match="fisher is of another model: it has 16 numbers for head.weight, the drift has 78"):
         fisher.weighted_drift(other, model, drift.Reference.snapshot(model))
+    adapted = zoo.lora(zoo.make(zoo.Base), target_modules=["head"])
+    of_factors = fisher.diagonal(adapted, [batch], forward=zoo.forward)
+    with pytest.raises(ValueError, match="covers none of the parameters that can drift.*so take fisher of the base model"):
+        fisher.weighted_drift(of_factors, adapted, drift.Reference.snapshot(adapted))
     nothing = {**batch, "labels": torch.full_like(batch["labels"], -100)}
     with pytest.raises(ValueError, match="no label differs from -100"):
         fisher.diagonal(model, [nothing], forward=zoo.forward)

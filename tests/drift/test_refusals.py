@@ -190,7 +190,7 @@ def test_files_that_hold_no_weights(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     (tmp_path / "torn.safetensors").write_bytes(b"1234")
     (tmp_path / "empty").mkdir()
-    for path, kind, message in ((tmp_path / "none", FileNotFoundError, "none is not there"), (tmp_path / "empty", FileNotFoundError, "is a folder without .safetensors files$"),
+    for path, kind, message in ((tmp_path / "none", FileNotFoundError, r"none is not there \(nothing is fetched from a hub: give a file or a folder"), (tmp_path / "empty", FileNotFoundError, "is a folder without .safetensors files$"),
                                 (tmp_path / "torn.safetensors", ValueError, "torn.safetensors is no whole .safetensors file")):
         with pytest.raises(kind, match=message):
             drift.parameter_drift(model(), path)
