@@ -12,6 +12,7 @@ from drift.names import trainable
 from sasft.chat import Chat
 from sasft.costing import TrainingCost, measure_training
 from sasft.dryrun import Forecast, _gib, _n, _time, of_evaluation
+from sasft.methods import Method
 from sasft.mixing import Plan
 from sasft.sweep import SweepSettings, begun, checked, evaluations
 from sasft.sweep_plan import Cell
@@ -26,8 +27,8 @@ _TAKE_ALIKE = ("out", "seed", "lr", "schedule", "warmup_steps", "weight_decay", 
 def of_sweep(settings: SweepSettings) -> Forecast:
     """What :func:`sweep` would do and what it would take, after all of its checks; nothing is written.
 
-    Trainings that differ in seeds, rates and the like take alike; one of each kind is measured
-    (:func:`sasft.costing.measure_training`), with as many threads as a cell has and nothing running beside it.
+    Trainings that differ in seeds, rates and the like take alike, and so do methods but for what they add, which is not measured;
+    one of each kind is (:func:`sasft.costing.measure_training`), with as many threads as a cell has and nothing beside it.
     """
     cells = [cell for cell, _ in checked(settings)]
     todo = [cell for cell in cells if not cell.result.exists()]
@@ -39,7 +40,7 @@ def of_sweep(settings: SweepSettings) -> Forecast:
     kinds: dict[str, list[Cell]] = {}
     for cell in todo:
         if cell.trains and not (cell.folder / "run" / "summary.json").exists():
-            kinds.setdefault(json.dumps({k: v for k, v in cell.train.items() if k not in _TAKE_ALIKE}), []).append(cell)
+            kinds.setdefault(_kind(cell), []).append(cell)
     rows = [("cells", "such as", "rows", "steps", "tokens", "time", "memory")]
     seconds, memory = {cell.name: 0.0 for cell in todo}, {cell.name: 0 for cell in todo}
     with _on_threads(settings.cores()):
@@ -82,6 +83,14 @@ def _grid(cells: Sequence[Cell]) -> list[str]:
         method = f" (method {own[0]['method']})" if "method" in own[0] and own[0]["method"] != arm else ""
         lines.append(f"  {arm}{method}: {len(own)}{f' = {crossed}' if crossed else ''}")
     return lines
+
+
+def _kind(cell: Cell) -> str:
+    """What the measured time and memory of its training hang on."""
+    method = type(TrainSettings(**cell.train).chosen_method())
+    plain = all(getattr(method, stage) is getattr(Method, stage) for stage in ("files", "shares", "prepare"))
+    alike = (*_TAKE_ALIKE, *(("method", "method_options") if plain else ()))
+    return json.dumps({name: value for name, value in cell.train.items() if name not in alike})
 
 
 def _measured(settings: TrainSettings) -> tuple[Plan, TrainingCost, int]:

@@ -234,9 +234,9 @@ def test_a_dry_run_says_what_there_is_to_do_and_what_is_done_and_leaves_nothing(
                            "  l2-sp: 8 = 2 lr × 2 seed × 2 method_options\n  sa-sft (method sft): 4 = 2 lr × 2 seed\n0 of 15 cells are finished, 0 were begun")
     alone = {lora: of_training(TrainSettings(model=str(folder / "model"), task=str(folder / "one.jsonl"), self_data=str(folder / "self.jsonl"), steps=2,
                                              rows_per_step=2, probe_rows=1, lam=0.5 if lora else 0, lora_rank=lora, out="x")).text for lora in (0, 2)}
-    kinds = [line.split() for line in said.splitlines() if line.startswith(("  2  ", "  4  "))]
+    kinds = [line.split() for line in said.splitlines() if line.startswith(("  10  ", "  4  "))]
     assert [(kind[0], kind[-7:-4]) for kind in kinds] == [
-        (n, ["4", "2", re.search(r"([\d,]+) tokens through the model", alone[lora])[1]]) for n, lora in (("2", 0), ("4", 0), ("4", 0), ("4", 2))]
+        (n, ["4", "2", re.search(r"([\d,]+) tokens through the model", alone[lora])[1]]) for n, lora in (("10", 0), ("4", 2))]
     assert re.search(r"evaluation of .*model and each model trained from it:\n  text:.*: 1 items", said)
     assert re.search(r"time: up to about .* for one cell, about .* for all 15 left, on 2 workers\nmemory: at least .* MiB for the 2 largest trainings", said)
     assert "nothing was done" in said
@@ -248,17 +248,17 @@ def test_what_a_dry_run_reckons(folder: Path, here: list[str], monkeypatch: pyte
 
     def measure(train: TrainSettings):
         measured.append(train.method)
-        cost = TrainingCost(tokens=1, seconds_per_token=1.0, optimizer_seconds=1.0, seconds=60.0 if train.method == "sft" else 600.0, weight_bytes=0,
+        cost = TrainingCost(tokens=1, seconds_per_token=1.0, optimizer_seconds=1.0, seconds=600.0 if train.method == "freeze" else 60.0, weight_bytes=0,
                             state_bytes=0, activation_bytes=0)
-        return [()], cost, (1 if train.method == "sft" else 3) * 2**30
+        return [()], cost, (3 if train.method == "freeze" else 1) * 2**30
 
     monkeypatch.setattr(sasft.sweep_dryrun, "_measured", measure)
     monkeypatch.setattr(sasft.sweep_dryrun, "of_evaluation", lambda evaluation: Forecast("scores", 30.0))
-    given = {"lam": 0, "arms": [{"method": "l2-sp"}, {"seed": [0, 1, 2]}], "evaluate": {"suites": "text"}}
+    given = {"lam": 0, "arms": [{"method": "freeze", "method_options": "layers=0"}, {"method": "l2-sp"}, {"seed": [1, 2]}], "evaluate": {"suites": "text"}}
     plan(folder, **given)
     on_two = SweepSettings(file=str(folder / "plan.yaml"), out=str(folder / "sweep"), workers=2)
     forecast = of_sweep(on_two)
-    assert measured == ["l2-sp", "sft"], "one of each kind"
+    assert measured == ["freeze", "l2-sp"], "one of each kind"
     assert forecast.seconds == max(630, 30 + 3 * 90), "the base (30 s) and three trainings beside the long one"
     assert "up to about 10.5 minutes for one cell, about 10.5 minutes for all 5" in forecast.text
     assert "at least 4.00 GiB for the 2 largest trainings side by side" in forecast.text
