@@ -9,7 +9,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python -m studies.two_by_two --profile quick
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --benchmark-disable
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m pytest --override-ini addopts= tests/benchmarks --benchmark-only

@@ -18,6 +18,7 @@ import drift
 from drift import source_collector
 from drift.names import parameters
 from tests.drift import families, zoo
+from tests.ports import free_port
 
 TAGS = torch.tensor([0, 1, 1, 0, 0, 1, 1, 0])
 STEPS = 2
@@ -89,7 +90,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("distributed")
     # Each process deals its own rows to folds; with these tags one process deals all of them alike.
     _train(families.make("llama", torch.float32), _batch(), TAGS, folder / "one", accumulate=False)
-    spawn(_work, args=(str(folder), 20_000 + os.getpid() % 20_000), nprocs=2)
+    spawn(_work, args=(str(folder), free_port()), nprocs=2)
     return folder
 
 

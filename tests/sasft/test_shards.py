@@ -16,6 +16,7 @@ from sasft.sampling import EXACT
 from sasft.selfdialogue import Dialogues, write_dialogues
 from sasft.shards import merge_shards, shard_path, write_in_parallel
 from sasft.writing import Writer
+from tests.ports import free_port
 from tests.sasft import tiny_chat
 
 TWO_TURNS = Dialogues(turns=2)
@@ -96,8 +97,7 @@ def _work(rank: int, folder: str, port: int) -> None:
 
 
 def test_two_processes_write_one_file(tmp_path: Path) -> None:
-    port = 20_000 + os.getpid() % 20_000
-    spawn(_work, args=(str(tmp_path), port), nprocs=2)
+    spawn(_work, args=(str(tmp_path), free_port()), nprocs=2)
     for rank in range(2):
         assert json.loads((tmp_path / f"{rank}.json").read_text()) == [row.id for row in read_rows(tmp_path / "self.jsonl")]
     rows = {row.id: row for row in read_rows(tmp_path / "self.jsonl")}

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import time
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch.distributed as dist
 from torch.multiprocessing import spawn
 
 from sasft.methods import method
+from tests.ports import free_port
 from tests.sasft.methods import cases
 
 METHODS = {
@@ -48,10 +48,7 @@ def _work(rank: int, folder: str, port: int) -> None:
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("two")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = spawn(_work, (str(folder), port), nprocs=2, join=False)
+    processes = spawn(_work, (str(folder), free_port()), nprocs=2, join=False)
     until = time.monotonic() + 300
     while not processes.join(timeout=5):
         if time.monotonic() > until:
