@@ -172,7 +172,7 @@ def gradient_gram(model: nn.Module, batch: Batch, *, forward: Forward = logits_o
     """
     trained = trainable(model)
     batch = on_device(batch, next(iter(trained.values())).device)
-    labels = batch["labels"]
+    labels, packed = batch["labels"], rows is not None
     if rows is None:
         rows = torch.arange(len(labels)).unsqueeze(1).expand(labels.shape)
     if rows.shape != labels.shape or rows.is_floating_point() or int(rows.min()) < 0:
@@ -181,7 +181,7 @@ def gradient_gram(model: nn.Module, batch: Batch, *, forward: Forward = logits_o
     n_rows = int(rows.max()) + 1
     collector = _RowGrams()
     with measuring(model), torch.enable_grad(), Interceptor(model).collecting(collector, Groups(rows, n_rows, tuple(labels.shape))):
-        loss = summed_nll(model, batch, forward)
+        loss = summed_nll(model, batch, forward, head_everywhere=packed)  # which columns of a packed row are whose is told by their places
         # What is taken apart answers None, so a gradient that comes back is one that was not seen.
         unseen = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
     grams = collector.finish()

@@ -88,8 +88,14 @@ def counted(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return row, column, shifted[row, column]
 
 
-def logits_at(model: nn.Module, batch: Batch, forward: Forward, row: Tensor, column: Tensor) -> Tensor:
-    """Logits [N, V] of the positions (``row``, ``column``) [N] in a batch. Raises ``ValueError`` if ``forward`` gives no [B, T, V]."""
+def logits_at(model: nn.Module, batch: Batch, forward: Forward, row: Tensor, column: Tensor, *, head_everywhere: bool = True) -> Tensor:
+    """Logits [N, V] of the positions (``row``, ``column``) [N] in a batch. Raises ``ValueError`` if ``forward`` gives no [B, T, V].
+
+    ``head_everywhere=False``: the default forward pass runs the head in the columns asked for only, so that what watches the head sees [B, C].
+    """
+    if forward is logits_of and not head_everywhere:
+        columns, place = column.unique(return_inverse=True)
+        return logits_of(model, batch, columns)[row, place]
     logits = forward(model, batch)
     rows, tokens = batch["labels"].shape
     if not isinstance(logits, Tensor) or logits.dim() != 3 or len(logits) != rows or not tokens - 1 <= logits.shape[1] <= tokens:
@@ -98,10 +104,10 @@ def logits_at(model: nn.Module, batch: Batch, forward: Forward, row: Tensor, col
     return logits[row, column]
 
 
-def counted_log_p(model: nn.Module, batch: Batch, forward: Forward) -> tuple[Tensor, Tensor]:
+def counted_log_p(model: nn.Module, batch: Batch, forward: Forward, *, head_everywhere: bool = True) -> tuple[Tensor, Tensor]:
     """Log-probabilities [N, V] at the counted positions, in float32 at least, and the tokens [N] that stand there."""
     row, column, targets = counted(batch["labels"])
-    log_p = torch.log_softmax(at_least_fp32(logits_at(model, batch, forward, row, column)), -1)
+    log_p = torch.log_softmax(at_least_fp32(logits_at(model, batch, forward, row, column, head_everywhere=head_everywhere)), -1)
     if int(targets.min()) < 0 or int(targets.max()) >= log_p.shape[1]:
         raise ValueError(f"labels must be -100 or lie in 0 ... {log_p.shape[1] - 1}, the vocabulary, got {int(targets.min())} ... {int(targets.max())}")
     finite = log_p.detach().gather(1, targets.unsqueeze(1)).isfinite()
@@ -111,9 +117,9 @@ def counted_log_p(model: nn.Module, batch: Batch, forward: Forward) -> tuple[Ten
     return log_p, targets
 
 
-def summed_nll(model: nn.Module, batch: Batch, forward: Forward) -> Tensor:
-    """Sum of −log p over the counted tokens."""
-    log_p, targets = counted_log_p(model, batch, forward)
+def summed_nll(model: nn.Module, batch: Batch, forward: Forward, *, head_everywhere: bool = False) -> Tensor:
+    """Sum of −log p over the counted tokens; ``head_everywhere`` as for :func:`logits_at`."""
+    log_p, targets = counted_log_p(model, batch, forward, head_everywhere=head_everywhere)
     return nn.functional.nll_loss(log_p, targets, reduction="sum")
 
 

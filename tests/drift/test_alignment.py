@@ -91,6 +91,25 @@ def test_rows_may_be_packed_into_one_sequence() -> None:
     agree(gradient_gram(model, packed, rows=rows, forward=zoo.forward), brute(model, batch, zoo.forward))
 
 
+def test_rows_packed_by_a_block_mask_are_those_of_a_batch() -> None:
+    model, batch = zoo.llama().double(), {k: v for k, v in zoo.batch(rows=3, vocabulary=32).items() if k != "attention_mask"}
+    rows = torch.arange(3).repeat_interleave(7).reshape(1, -1)
+    sees = (rows.T == rows) & torch.ones(21, 21).tril().bool()
+    packed = {k: v.reshape(1, -1) for k, v in batch.items()} | {
+        "position_ids": torch.arange(7).repeat(1, 3), "attention_mask": torch.where(sees, 0.0, -torch.inf).double()[None, None]}
+    found = gradient_gram(model, packed, rows=rows)
+    assert found.coverage == 1.0
+    agree(found, brute(model, batch, logits_of), rtol=1e-5)
+
+
+def test_the_head_runs_where_a_token_is_counted_only() -> None:
+    """A head of a large vocabulary is half the work; prompts need none of it."""
+    model, batch, seen = zoo.llama(), zoo.batch(vocabulary=32), []
+    with model.lm_head.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1])):
+        gradient_gram(model, batch)
+    assert seen == [5]  # of 7 tokens the first 2 are prompt, and the last predicts nothing: columns 1 ... 5
+
+
 def test_a_trace_is_left_nowhere() -> None:
     model, batch = zoo.make(zoo.Dropout), zoo.batch()
     model.train()
