@@ -1,7 +1,6 @@
 """Two gloo processes give the numbers of one: DDP, FSDP2 and Accelerate."""
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -11,14 +10,13 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from torch import nn
 from torch.distributed.fsdp import fully_shard
-from torch.multiprocessing import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 import drift
 from drift import source_collector
 from drift.names import parameters
 from tests.drift import families, zoo
-from tests.ports import free_port
+from tests.processes import in_two_processes
 
 TAGS = torch.tensor([0, 1, 1, 0, 0, 1, 1, 0])
 STEPS = 2
@@ -51,9 +49,7 @@ def _train(model: nn.Module, batch: dict[str, torch.Tensor], tags: torch.Tensor,
             recorder.step()
 
 
-def _work(rank: int, folder: str, port: int) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
-    torch.set_num_threads(1)
+def _work(rank: int, folder: Path) -> None:
     dist.init_process_group("gloo", rank=rank, world_size=2)
     mine = slice(4 * rank, 4 * rank + 4)
     batch, tags = {k: v[mine] for k, v in _batch().items()}, TAGS[mine]
@@ -66,9 +62,9 @@ def _work(rank: int, folder: str, port: int) -> None:
             fully_shard(model)
         elif kind != "accelerate":
             model = DistributedDataParallel(model)
-        _train(model, batch, tags, Path(folder) / kind, accumulate=kind.endswith("accumulated"),
+        _train(model, batch, tags, folder / kind, accumulate=kind.endswith("accumulated"),
                accelerator=Accelerator(cpu=True) if kind == "accelerate" else None)
-    _half_seen(tags, Path(folder) / f"half-seen-{rank}.json")
+    _half_seen(tags, folder / f"half-seen-{rank}.json")
     dist.destroy_process_group()
 
 
@@ -90,7 +86,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("distributed")
     # Each process deals its own rows to folds; with these tags one process deals all of them alike.
     _train(families.make("llama", torch.float32), _batch(), TAGS, folder / "one", accumulate=False)
-    spawn(_work, args=(str(folder), free_port()), nprocs=2)
+    in_two_processes(_work, folder)
     return folder
 
 

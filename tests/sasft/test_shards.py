@@ -2,13 +2,10 @@
 
 import json
 import logging
-import os
 from pathlib import Path
 
 import pytest
-import torch
 import torch.distributed as dist
-from torch.multiprocessing import spawn
 
 from sasft.data import read_rows
 from sasft.errors import UsageError
@@ -16,7 +13,7 @@ from sasft.sampling import EXACT
 from sasft.selfdialogue import Dialogues, write_dialogues
 from sasft.shards import merge_shards, shard_path, write_in_parallel
 from sasft.writing import Writer
-from tests.ports import free_port
+from tests.processes import in_two_processes
 from tests.sasft import tiny_chat
 
 TWO_TURNS = Dialogues(turns=2)
@@ -87,17 +84,15 @@ def test_rows_that_say_the_same_are_told_of(tmp_path: Path, caplog: pytest.LogCa
     assert "1 of 8 rows repeat another one word for word" in caplog.text and len(read_rows(out)) == 8
 
 
-def _work(rank: int, folder: str, port: int) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
-    torch.set_num_threads(1)
-    rows = write_in_parallel(writer(), 10, Path(folder) / "self.jsonl", max_user_tokens=30, dialogues=TWO_TURNS,
+def _work(rank: int, folder: Path) -> None:
+    rows = write_in_parallel(writer(), 10, folder / "self.jsonl", max_user_tokens=30, dialogues=TWO_TURNS,
                                 progress=False)
-    (Path(folder) / f"{rank}.json").write_text(json.dumps([row.id for row in rows]))
+    (folder / f"{rank}.json").write_text(json.dumps([row.id for row in rows]))
     dist.destroy_process_group()
 
 
 def test_two_processes_write_one_file(tmp_path: Path) -> None:
-    spawn(_work, args=(str(tmp_path), free_port()), nprocs=2)
+    in_two_processes(_work, tmp_path)
     for rank in range(2):
         assert json.loads((tmp_path / f"{rank}.json").read_text()) == [row.id for row in read_rows(tmp_path / "self.jsonl")]
     rows = {row.id: row for row in read_rows(tmp_path / "self.jsonl")}

@@ -2,16 +2,14 @@
 
 import json
 import os
-import time
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch.multiprocessing import spawn
 
 from sasft.methods import method
-from tests.ports import free_port
+from tests.processes import in_two_processes
 from tests.sasft.methods import cases
 
 METHODS = {
@@ -35,26 +33,18 @@ def _train(folder: Path, name: str, lora: bool) -> None:
         (out / "losses.json").write_text(json.dumps([[e["loss"], e["grad_norm"]] for e in log if "loss" in e]))
 
 
-def _work(rank: int, folder: str, port: int) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
-                      ACCELERATE_USE_CPU="true")
-    torch.set_num_threads(1)
+def _work(rank: int, folder: Path) -> None:
+    os.environ["ACCELERATE_USE_CPU"] = "true"
     for name in METHODS:
-        _train(Path(folder), name, False)
-    _train(Path(folder), "kl-self", True)
+        _train(folder, name, False)
+    _train(folder, "kl-self", True)
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("two")
-    processes = spawn(_work, (str(folder), free_port()), nprocs=2, join=False)
-    until = time.monotonic() + 300
-    while not processes.join(timeout=5):
-        if time.monotonic() > until:
-            for process in processes.processes:
-                process.kill()
-            pytest.fail(f"two processes wait for each other; finished: {sorted(p.parent.name for p in folder.glob('*/losses.json'))}")
+    in_two_processes(_work, folder)
     return folder
 
 
