@@ -1,7 +1,8 @@
 """Comparing the fast paths with slow ones, on the model that is to be measured."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from math import floor
 
 import torch
 from torch import Tensor, nn
@@ -110,8 +111,7 @@ def _gradients(model: nn.Module, batch: Batch, forward: Forward, trained: dict[s
     scale = max(float(k.abs().max()) for k in expected.values())
     errors = [float((torch.from_numpy(gram.per_parameter[name]) - k.cpu()).abs().max()) / scale
               for name, k in expected.items() if name in gram.per_parameter]
-    note = f"covers {gram.coverage:.1%}" + (f"; not {', '.join(gram.missing[:3])}" if gram.missing else "")
-    yield Check("products of rows' gradients: one backward pass a row", max(errors, default=0.0), tolerance, note)
+    yield Check("products of rows' gradients: one backward pass a row", max(errors, default=0.0), tolerance, _covered(gram.coverage, gram.missing))
 
     tags = [i % 2 for i in range(len(rows))]
     kept = {n: p.grad for n, p in trained.items()}
@@ -130,11 +130,15 @@ def _gradients(model: nn.Module, batch: Batch, forward: Forward, trained: dict[s
     for name, k in split.grams["sgd"].items():
         halves = torch.stack([truth[name][t::2].sum(0) for t in (0, 1)])
         errors.append(float((torch.from_numpy(k) - (halves @ halves.T).cpu()).abs().max()) / scale)
-    note = f"covers {split.coverage:.1%}" + (f"; not {', '.join(list(split.missing)[:3])}" if split.missing else "")
-    yield Check("products of sources' gradients: one backward pass a source", max(errors, default=0.0), tolerance, note)
+    yield Check("products of sources' gradients: one backward pass a source", max(errors, default=0.0), tolerance, _covered(split.coverage, split.missing))
     size = max(float(g.abs().max()) for g in whole) or 1.0
     yield Check("training gradient with and without SourceGradients",
                 max(float((taken[n] - g).abs().max()) for n, g in zip(trained, whole, strict=True)) / size, tolerance)
+
+
+def _covered(share: float, missing: Collection[str]) -> str:
+    """Rounded down, so that 100 % is all."""
+    return f"covers {floor(1000 * share) / 10:.1f}%" + (f"; not {', '.join(list(missing)[:3])}" if missing else "")
 
 
 def _divergences(model: nn.Module, batch: Batch, forward: Forward, tolerance: float) -> Check:

@@ -24,6 +24,23 @@ def test_it_agrees_with_adapters_and_names_what_is_left_out() -> None:
     assert "LoRA norms" in str(report) and "not model.embed_tokens.lora_embedding_A" in str(report)
 
 
+class Scaled(zoo.Base):
+    """One number among a thousand that is not covered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide = torch.nn.Linear(zoo.V, 800, bias=False)
+        self.scale = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return torch.cat([super().forward(ids), self.wide(super().forward(ids))], -1) * self.scale
+
+
+def test_what_is_not_wholly_covered_does_not_show_as_such() -> None:
+    report = check(zoo.make(Scaled), zoo.batch(rows=4), forward=zoo.forward)
+    assert report.agrees and str(report).count("covers 99.9%; not scale") == 2
+
+
 def test_it_finds_a_wrong_product(monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = alignment.gram_of
     monkeypatch.setattr(alignment, "gram_of", lambda parts: 1.1 * wrong(parts))
