@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+import drift
 from drift.modes import measuring
 from drift.names import parameters
 from sasft.batches import MicroBatches, batch_of
@@ -99,6 +100,13 @@ def measure_training(model: nn.Module, plan: Plan, rows: Mapping[str, Sequence[E
         tokens=sum(sizes), seconds_per_token=a_token, optimizer_seconds=a_step, seconds=a_token * sum(sizes) + a_step * len(plan),
         weight_bytes=weight_bytes(model), state_bytes=sum(3 * p.numel() * p.element_size() for p in trained),
         activation_bytes=math.ceil(kept.bytes * max(sizes) / size))
+
+
+def measure_recording(model: nn.Module, probes: Sequence[drift.Probe]) -> float:
+    """Seconds of the first recording of drift and ``probes``, in which these get ready too: as long as any, and longer than most."""
+    with drift.record(model, probes=probes) as recorder:
+        pass
+    return recorder.overhead
 
 
 def measure_writing(model: nn.Module, prompt: Sequence[int], batch_size: int, precision: Precision,

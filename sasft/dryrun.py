@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from drift.names import parameters
 from sasft.chat import Chat, Encoded
-from sasft.costing import cache_bytes, measure_reading, measure_training, measure_writing, weight_bytes
+from sasft.costing import cache_bytes, measure_reading, measure_recording, measure_training, measure_writing, weight_bytes
 from sasft.data import encode_rows, read_rows
 from sasft.evaluation import Answered, EvaluateSettings, Predicted
 from sasft.evaluation.run import choose, make_suite
@@ -24,8 +24,9 @@ from sasft.mixture import MixSettings, hold_out, lay_out, plan_of
 from sasft.models import load_model
 from sasft.pipeline import mix_table, parts_of
 from sasft.precision import Precision
+from sasft.probes import run_probes
 from sasft.talk import TalkSettings
-from sasft.train import TrainSettings, encode, load, read_material
+from sasft.train import Rows, TrainSettings, encode, load, read_general_text, read_material
 from sasft.train import lay_out as lay_out_training
 
 Loaded = tuple[nn.Module, PreTrainedTokenizerBase]
@@ -83,31 +84,37 @@ def of_training(settings: TrainSettings) -> Forecast:
     material = read_material(settings)
     model, tokenizer = load(settings)
     chat = Chat(tokenizer)
-    rows, _, reports = encode(settings, material, material.rows, chat)
+    rows, held_out, reports = encode(settings, material, material.rows, chat)
     method = settings.chosen_method()
     plan = lay_out_training(settings, material, rows)
-    return _training(settings, method.prepare(model, settings.seed), plan, rows, chat, reports)
+    return _training(settings, method.prepare(model, settings.seed), plan, rows, held_out, chat, reports)
 
 
-def _training(settings: TrainSettings, model: nn.Module, plan: Plan, rows: Mapping[str, Sequence[Encoded]], chat: Chat,
+def _training(settings: TrainSettings, model: nn.Module, plan: Plan, rows: Rows, held_out: Rows, chat: Chat,
               reports: Sequence[str]) -> Forecast:
     cost = measure_training(model, plan, rows, settings, chat.pad_id)
+    recording, seconds = "without recordings and checkpoints", cost.seconds
+    if settings.records:
+        probes = run_probes(chat, held_out, read_general_text(settings.general_text), precision=settings.precision)
+        each, n = measure_recording(model, probes), 1 + math.ceil(len(plan) / settings.steps_between(len(plan)))
+        recording = f"{_n(n, 'recording')} of at most {_time(each)} each, of which one was made; without checkpoints"
+        seconds += n * each
     found = parameters(model)
     trained, whole = (sum(p.numel() for p in found.values() if p.requires_grad or not only) for only in (True, False))
     method = "" if settings.method == "sft" else f" and without what the method {settings.method} adds"
-    snapshot = sum(p.numel() * p.element_size() for p in found.values() if p.requires_grad) if settings.record_every else 0
+    snapshot = sum(p.numel() * p.element_size() for p in found.values() if p.requires_grad) if settings.records else 0
     device = next(model.parameters()).device.type
     lines = [
         *reports, mix_table(plan.report()),
         f"{cost.tokens:,} tokens through the model, prompts and padding included, in {len(plan)} steps; {trained:,} of {whole:,} "
         f"parameters are trained ({trained / whole:.2%})",
-        f"time on {device}: about {_time(cost.seconds)} ({1 / cost.seconds_per_token:,.0f} tokens/s forward and backward, "
-        f"{cost.optimizer_seconds:.3g} s an optimiser step, measured on one micro-batch; one process, without recordings and "
-        f"checkpoints{method})",
+        f"time on {device}: about {_time(seconds)} ({1 / cost.seconds_per_token:,.0f} tokens/s forward and backward, "
+        f"{cost.optimizer_seconds:.3g} s an optimiser step, measured on one micro-batch; one process, {recording}"
+        f"{method})",
         f"memory: at least {_gib(cost.bytes + snapshot)} ({_gib(cost.weight_bytes)} weights, {_gib(cost.state_bytes)} gradients "
         f"and AdamW's moments, {_gib(cost.activation_bytes)} activations of the largest micro-batch, by what autograd kept of "
         f"the measured one, {_gib(snapshot)} the untrained weights to measure drift from{method})"]
-    return Forecast("\n".join(lines), cost.seconds)
+    return Forecast("\n".join(lines), seconds)
 
 
 def of_evaluation(settings: EvaluateSettings, suites: str | None = None, loaded: Loaded | None = None) -> Forecast:
@@ -148,16 +155,18 @@ def of_run(settings: Any) -> Forecast:
     loaded = load_model(settings.model, revision=settings.revision)
     chat = Chat(loaded[1])
     said: list[tuple[str, Forecast]] = []
-    encoded: dict[str, list[Encoded]] = {}
+    encoded: Rows = {}
+    held_out: Rows = {}
     reports = []
     for name, source in parts.mix.named().items():
         if parts.talk and name == SELF and not parts.talk.kept.exists():
-            encoded[name] = hold_out([_longest(parts.talk, chat)] * parts.talk.n * parts.talk.turns, parts.mix.hold_out)[0]
+            longest = [_longest(parts.talk, chat)] * parts.talk.n * parts.talk.turns
+            encoded[name], held_out[name] = hold_out(longest, parts.mix.hold_out)
             reports.append(f"{name}: rows to be written, counted as {len(encoded[name])} of the longest that can be")
         else:
             whole, report = encode_rows(read_rows(source), chat, parts.mix.max_tokens, parts.mix.too_long, parts.mix.turns)
-            encoded[name], held = hold_out(whole, parts.mix.hold_out)
-            reports.append(f"{name}: {report}; {len(held)} held out to measure on")
+            encoded[name], held_out[name] = hold_out(whole, parts.mix.hold_out)
+            reports.append(f"{name}: {report}; {len(held_out[name])} held out to measure on")
     if parts.talk:
         said.append(("self-dialogues", of_talk(parts.talk, loaded)))
     plan = plan_of({name: [e.loss_tokens for e in rows] for name, rows in encoded.items()}, parts.mix)
@@ -169,7 +178,8 @@ def of_run(settings: Any) -> Forecast:
     del loaded
     model, _ = load(parts.train)
     prepared = parts.train.chosen_method().prepare(model, settings.seed)
-    said.append(("mix and training", _training(parts.train, prepared, plan, {TASK: [], SELF: [], **encoded}, chat, reports)))
+    said.append(("mix and training", _training(parts.train, prepared, plan, *({TASK: [], SELF: [], **found} for found in (encoded, held_out)),
+                                                    chat, reports)))
     if evaluation:
         said.append(("the model after training", Forecast("as before training, and once more for the KL to the untrained model",
                                                           evaluation.seconds)))

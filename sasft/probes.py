@@ -14,6 +14,8 @@ _ROWS_A_BATCH = 16
 _WINDOW = 256  # tokens of general text scored together
 _WINDOWS = 16
 _STYLE_TOKENS = 64
+_ALIGNED_TOKENS = 2048  # of each source, with padding: all rows' gradients are taken in one pass, whose memory grows with them
+_FEWEST = 3  # rows that have a standard error
 
 
 def run_probes(chat: Chat, held_out: Mapping[str, Sequence[Encoded]], general_text: str | None = None, *,
@@ -21,17 +23,32 @@ def run_probes(chat: Chat, held_out: Mapping[str, Sequence[Encoded]], general_te
     """KL, entropy and NLL on held-out task and self rows and on general text; alignment of task and self gradients; style.
 
     ``held_out``: encoded rows of the sources ``task`` and ``self``; sources without rows are left out, and alignment and style
-    need self rows. All but the writing of texts for style runs in the weights' own precision.
+    need self rows. Alignment takes the first rows of each that come to 2,048 tokens together, and three at least. All but the writing of texts for style runs in the weights' own precision.
     """
     probes: list[drift.Probe] = [
         drift.DivergenceProbe(source, batches(rows, chat.pad_id)) for source, rows in held_out.items() if rows]
     if general_text is not None:
         probes.append(drift.DivergenceProbe("general_text", batches(windows(chat, general_text), chat.pad_id)))
     if held_out[TASK] and held_out[SELF]:
-        probes.append(drift.AlignmentProbe("align", {s: batches(held_out[s], chat.pad_id) for s in (TASK, SELF)}))
-    if len(held_out[SELF]) >= 3:
+        probes.append(drift.AlignmentProbe("align", {s: batches(_first(held_out[s]), chat.pad_id) for s in (TASK, SELF)}))
+    if len(held_out[SELF]) >= _FEWEST:
         probes.append(style_probe(chat, held_out[SELF], precision))
     return probes
+
+
+def _first(rows: Sequence[Encoded]) -> Sequence[Encoded]:
+    """The first rows, as many as come to 2,048 tokens with padding, and three at least.
+
+    >>> len(_first([Encoded.text([1] * 500)] * 16)), len(_first([Encoded.text([1] * 5000)] * 16))
+    (4, 3)
+    """
+    longest, n = 0, 0
+    for row in rows:
+        longest = max(longest, len(row.input_ids))
+        if n >= _FEWEST and longest * (n + 1) > _ALIGNED_TOKENS:
+            break
+        n += 1
+    return rows[:n]
 
 
 def batches(rows: Sequence[Encoded], pad_id: int) -> list[dict]:

@@ -102,7 +102,7 @@ def _measured(settings: TrainSettings) -> tuple[Plan, TrainingCost, int]:
     model = settings.chosen_method().prepare(model, settings.seed)
     plan = lay_out(settings, material, rows)
     cost = measure_training(model, plan, rows, settings, chat.pad_id)
-    snapshot = sum(p.numel() * p.element_size() for p in trainable(model).values()) if settings.record_every else 0
+    snapshot = sum(p.numel() * p.element_size() for p in trainable(model).values()) if settings.records else 0
     return plan, cost, cost.bytes + snapshot
 
 

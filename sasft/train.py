@@ -4,6 +4,7 @@ It sets up the instruments, calls :func:`sasft.trainer.fit` and leaves a folder 
 """
 
 import json
+import math
 import shutil
 import sys
 from bisect import bisect_left
@@ -37,6 +38,7 @@ from sasft.writing import Writer
 
 _FILES = ("mix", "task", "self_data", "general_text")
 _DATA, _MODEL, _METHOD, _RECORD = "what is trained on", "the model", "the method", "what is recorded and kept"
+_RECORDINGS = 10  # in a run, beside the one before it
 # What a mix has settled already; without one, these hold where nothing else is asked for.
 _WITHOUT_A_MIX: Mapping[str, Any] = {
     "lam": 0.5, "steps": 100, "rows_per_step": 16, "max_tokens": 1024, "too_long": "error", "probe_rows": 16}
@@ -66,7 +68,8 @@ class TrainSettings(FitSettings):
     method: str = option("sft", "fine-tuning method, by its name (`sasft train --help` lists them); sft: the ordinary loss on "
                                 "the rows of the mix", _METHOD)
     method_options: str = option("", "options of the method: name=value, with blanks between them", _METHOD)
-    record_every: int = option(10, "steps between recordings of drift, alignment, KL and style; 0 for none", _RECORD)
+    record_every: int | None = option(None, "steps between recordings of drift, alignment, KL and style, each as dear as some five "
+                                            "steps; 0 for none (a tenth of the run)", _RECORD)
     probe_rows: int | None = option(None, "rows of each file held out of training to measure alignment, KL and style on (16; a "
                                           "mix has settled it)", _RECORD)
     general_text: str | None = option(None, "UTF-8 text file on which to record the negative log-likelihood", _RECORD)
@@ -87,14 +90,14 @@ class TrainSettings(FitSettings):
         if not self.out:
             raise UsageError("out is missing: name a folder for the run")
         for name, least in (("record_every", 0), ("lora_rank", 0), ("save_every", 0)):
-            if getattr(self, name) < least:
+            if (given := getattr(self, name)) is not None and given < least:
                 raise UsageError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if self.lora_alpha != 16.0 and not self.lora_rank:
             raise UsageError(f"lora_alpha={self.lora_alpha} is for adapters, but lora_rank is 0; give a rank, or leave lora_alpha "
                              "out")
         if self.lora_rank and self.method == "lora":
             raise UsageError(f"lora_rank={self.lora_rank} and the method lora would each add adapters; leave out one of the two")
-        if self.general_text and not self.record_every:
+        if self.general_text and not self.records:
             raise UsageError(f"general_text {self.general_text} is to be recorded on, but record_every is 0; leave out one of the "
                              "two")
         self.chosen_method()
@@ -120,6 +123,15 @@ class TrainSettings(FitSettings):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1, got {getattr(self, name)}")
 
+    @property
+    def records(self) -> bool:
+        """Whether anything is recorded."""
+        return self.record_every != 0
+
+    def steps_between(self, steps: int) -> int:
+        """Steps between the recordings of a run of so many, so that by default their share of its time falls as it gets longer."""
+        return self.record_every or math.ceil(steps / _RECORDINGS)
+
     def chosen_method(self) -> Method:
         """The method with its options; raises :class:`UsageError` for what there is not."""
         return parse_method(self.method, self.method_options)
@@ -138,12 +150,12 @@ def train(settings: TrainSettings) -> dict[str, Any]:
     writes.
     """
     first, out = join(), Path(settings.out)
-    if settings.record_every and sharding_asked():
-        raise UsageError(f"record_every is {settings.record_every}, but instruments put the base's weights into the model, which "
+    if settings.records and sharding_asked():
+        raise UsageError(f"record_every is {settings.record_every or 'not 0'}, but instruments put the base's weights into the model, which "
                          "can't be done while these are sharded (FSDP2); set record_every to 0, or take DDP")
     ensure_writable(out)
     method, costs = settings.chosen_method(), Costs()
-    text = _general_text(settings.general_text)
+    text = read_general_text(settings.general_text)
     material = read_material(settings)
     hashes = dict(material.sha256)
     if settings.general_text:
@@ -171,9 +183,9 @@ def train(settings: TrainSettings) -> dict[str, Any]:
         plan.save(out / "plan.jsonl")
         write_json(out / "mix.json", plan.report())
     callbacks = []
-    if settings.record_every:
+    if settings.records:
         callbacks.append(drift.DriftCallback(
-            out=out, overwrite=True, every=settings.record_every, config=identity, reference=drift.Reference.snapshot(model),
+            out=out, overwrite=True, every=settings.steps_between(len(plan)), config=identity, reference=drift.Reference.snapshot(model),
             probes=run_probes(chat, held_out, text, precision=settings.precision)))
     fitted = replace(settings, lr=method.learning_rate(settings.lr))
     log = fit(model, rows, plan, fitted, pad_id=chat.pad_id, out=out, objective=objective, callbacks=callbacks)
@@ -219,7 +231,7 @@ def read_material(settings: TrainSettings) -> Material:
     # Before a method rewrites or selects rows, so that every method is measured on the same.
     held_out = {}
     for name in (TASK, SELF):
-        rows[name], held_out[name] = hold_out(rows[name], settings.probe_rows if settings.record_every else 0)
+        rows[name], held_out[name] = hold_out(rows[name], settings.probe_rows if settings.records else 0)
     return Material(rows, held_out, {name: source.sha256() for name, source in sources.items()})
 
 
@@ -283,7 +295,8 @@ def _writer(settings: TrainSettings, model: nn.Module, chat: Chat) -> Writer:
     return Writer(model=model, chat=chat, sampler=EXACT, provenance=provenance, precision=settings.precision)
 
 
-def _general_text(path: str | None) -> str | None:
+def read_general_text(path: str | None) -> str | None:
+    """The text of the file, if one is named; raises :class:`UsageError` where it can't be read."""
     if path is None:
         return None
     try:

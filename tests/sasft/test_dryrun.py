@@ -138,6 +138,15 @@ def test_a_dry_run_of_training_foresees_the_mix(folder: Path) -> None:
     assert "and without what the method kl-self adds" in of_training(settings).text
 
 
+def test_recordings_are_part_of_the_time(folder: Path) -> None:
+    """At θ₀, after each tenth of the run, and at its end."""
+    given = {"model": str(folder / "model"), "task": str(folder / "task.jsonl"), "self_data": str(folder / "self.jsonl"), "steps": 25,
+             "rows_per_step": 2, "out": str(folder / "run"), **FP32}
+    said = [of_training(TrainSettings(**given, record_every=every)) for every in (None, 20, 0)]
+    assert "10 recordings of at most" in said[0].text and "3 recordings of at most" in said[1].text  # 0, 3, ... 24, 25; 0, 20, 25
+    assert "without recordings" in said[2].text and said[2].seconds < said[0].seconds
+
+
 def test_self_dialogues_to_come_count_at_their_caps(folder: Path) -> None:
     settings = TalkSettings(model=str(folder / "model"), out=str(folder / "new.jsonl"), n=10, turns=2, max_user_tokens=7,
                             max_new_tokens=9, batch_size=4, precision="fp32")

@@ -186,6 +186,12 @@ def test_everything_asked_for_is_recorded(folder: Path) -> None:
     assert at_base["kl/base_model", "self"] == 0 and at_base["drift/l2", ""] == 0
 
 
+def test_a_tenth_of_the_run_lies_between_recordings(folder: Path) -> None:
+    train(asked := settings(folder, record_every=None, steps=21, save_every=0))
+    assert sorted(set(drift.load(asked.out).table["step"].to_pylist())) == [0, 3, 6, 9, 12, 15, 18, 21]
+    assert asked.steps_between(1000) == 100 and asked.steps_between(5) == 1
+
+
 def test_the_same_call_again_returns_the_finished_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = train(settings(folder))
     monkeypatch.setattr(MODULE, "load_model", None)  # nothing is loaded any more
