@@ -1,6 +1,7 @@
 """Self-dialogues: the model writes a user turn and answers it, through its own chat template.
 
-Every row is appended to a JSONL file as it ends (:mod:`sasft.writing`). A row depends on the run's seed and its own number alone,
+Every row is appended to a JSONL file as it ends (:mod:`sasft.writing`); when all are there, the file is put in the order of their
+numbers. A row depends on the run's seed and its own number alone,
 and a stopped run goes on without repeating or changing a row.
 """
 
@@ -16,7 +17,7 @@ from tqdm import tqdm
 from sasft.chat import Chat
 from sasft.data import Row
 from sasft.errors import UsageError
-from sasft.files import JsonlWriter
+from sasft.files import JsonlWriter, write_jsonl
 from sasft.sampling import row_seed
 from sasft.writing import Job, Messages, Writer, answer, answer_until, existing, progress_bar, respond
 
@@ -120,6 +121,8 @@ def write_dialogues(writer: Writer, n: int, out: Path, *, seed: int = 0, max_use
                 break
             start += chunk
     ids = sorted(written, key=place)
+    if ids != list(written):  # as they ended, the longest answers last: whoever takes the file's end would choose rows by their answers
+        write_jsonl(out, (written[key].as_json() for key in ids))
     last = [candidate for candidate, turn in map(place, ids) if turn == 1][n - 1]
     return [written[key] for key in ids if place(key)[0] <= last]
 

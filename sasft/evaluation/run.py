@@ -190,13 +190,13 @@ def _shown(suite: Suite, subject: Subject, items: Sequence[Item]) -> dict[str, _
     """What the model is shown, by item. Raises :class:`UsageError` for a prompt that, with its answer, is longer than it takes."""
     found = {}
     most = positions(subject.model)
-    cap = (subject.max_new_tokens or suite.max_new_tokens) - 1 if isinstance(suite, Answered) else 0  # the last token is never fed
+    cap = (subject.max_new_tokens or suite.max_new_tokens) if isinstance(suite, Answered) else 0
     for item in items:
         ids = suite.prompt_ids(subject, item)
         if len(ids) > most:
             raise UsageError(f"suite {suite.name!r}: the prompt of item {item.id} has {len(ids)} tokens, the model takes "
                              f"{most}; show fewer worked examples (@n), or leave the suite out")
-        if len(ids) + cap > most:
+        if len(ids) + cap - 1 > most:  # the last token is never fed
             raise UsageError(f"suite {suite.name!r}: the prompt of item {item.id} has {len(ids)} tokens and its answer up to {cap}, "
                              f"the model takes {most}; lower max_new_tokens, show fewer worked examples (@n), or leave the suite out")
         found[item.id] = _Shown(len(ids), hashlib.sha256(" ".join(map(str, ids)).encode()).hexdigest())

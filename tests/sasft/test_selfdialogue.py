@@ -113,6 +113,17 @@ def test_no_rows_is_no_request(tmp_path: Path) -> None:
         make(tmp_path / "self.jsonl", n=0)
 
 
+@pytest.mark.parametrize("backend", ["padded", "refilled"])
+def test_a_finished_file_is_in_the_order_of_candidates_and_not_of_lengths(tmp_path: Path, backend: str) -> None:
+    """Rows end the shorter the sooner: the last ones of a file, which a mix holds out, must not be those of the longest answers."""
+    rows = make(tmp_path / "self.jsonl", n=30, backend=backend)
+    assert read_rows(tmp_path / "self.jsonl") == rows == sorted(rows, key=lambda row: row.id)
+    lengths = [len(row.response_ids) for row in rows]
+    assert lengths != sorted(lengths)
+    assert make(tmp_path / "self.jsonl", n=40, backend=backend)[:30] == rows
+    assert [row.id for row in read_rows(tmp_path / "self.jsonl")] == sorted(row.id for row in read_rows(tmp_path / "self.jsonl"))
+
+
 def said(row) -> tuple:
     return row.id, row.prompt, row.response, row.response_ids, row.finished, row.meta["row_seed"]
 

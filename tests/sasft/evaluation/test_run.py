@@ -239,7 +239,7 @@ def test_a_prompt_that_the_model_cannot_take_is_told_before_any_work(tmp_path: P
         evaluate(tiny_chat.chatty(), tiny_chat.tokenizer(), ["task:sums", own(items)], tmp_path / "out", progress=False)
     assert not (tmp_path / "out").exists()
     room = 512 - len(tiny_chat.chat().prompt_ids(user("?")))
-    told = f"prompt of item 0 has {512 - room} tokens and its answer up to {room + 1}, the model takes 512; lower max_new_tokens"
+    told = f"prompt of item 0 has {512 - room} tokens and its answer up to {room + 2}, the model takes 512; lower max_new_tokens"
     for cap in (room + 2, room + 1):  # the last token of an answer is never fed
         settings = MeasureSettings(max_new_tokens=cap)
         arguments = (tiny_chat.chatty(), tiny_chat.tokenizer(), [own([replace(items[0], id="0")])], tmp_path / "fits", settings)
