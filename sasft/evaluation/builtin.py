@@ -3,6 +3,7 @@ answers."""
 
 import pydoc_data.topics
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -13,7 +14,7 @@ from sasft.data import Row, encode_rows, read_rows
 from sasft.errors import UsageError
 from sasft.evaluation.checked import instruction_suite, reference_suite
 from sasft.evaluation.request import Request
-from sasft.evaluation.suites import Answered, Item, Predicted, Suite, user
+from sasft.evaluation.suites import Answered, Item, Predicted, Suite, cluster_of_text, user
 from sasft.files import sha256_file
 from sasft.sources import Source
 from sasft.tasks import get_task
@@ -104,7 +105,7 @@ def text(request: Request) -> Suite:
     if not rows:
         raise UsageError(f"suite {request.spec!r}: the text has fewer than two tokens, so there is nothing to predict")
     spread = range(0, len(rows), max(1, len(rows) // most)) if most else range(len(rows))
-    return _predicted(request.spec, [(str(i), rows[i]) for i in list(spread)[:most]], source)
+    return _predicted(request.spec, [Item(id=str(i), gold=rows[i]) for i in list(spread)[:most]], source)
 
 
 def _windows(chat: Chat, whole: str) -> list[Encoded]:
@@ -118,12 +119,12 @@ def rows(request: Request) -> Suite:
     request.no_shots()
     read, source = _file(request)
     encoded, _ = encode_rows(read, request.chat, sys.maxsize)
-    return _predicted(request.spec, [(i, row.cut(row.start + _MAX_TOKENS)) for i, row in zip(_ids(read), encoded, strict=True)],
-                      source)
+    return _predicted(request.spec, [Item(id=i, gold=row.cut(row.start + _MAX_TOKENS), cluster=cluster)
+                                     for i, row, cluster in zip(_ids(read), encoded, _dialogues(read), strict=True)], source)
 
 
-def _predicted(name: str, encoded: list[tuple[str, Encoded]], source: dict[str, Any]) -> Suite:
-    return Predicted(name=name, items=[Item(id=i, gold=row) for i, row in encoded], source=source,
+def _predicted(name: str, items: list[Item], source: dict[str, Any]) -> Suite:
+    return Predicted(name=name, items=items, source=source,
                      metrics=("nll/model", "kl/base_model", "kl/model_base", "entropy/base", "entropy/model", "nll/base"))
 
 
@@ -131,8 +132,8 @@ def answers(request: Request) -> Suite:
     """The task's own score: the answers of held-out rows, ``answers:file.jsonl``, as references for ROUGE-L and exact match."""
     request.no_shots()
     read, source = _file(request)
-    items = [Item(id=i, asked=row.prompt[-1]["content"], prompt=row.prompt, gold=[row.response])
-             for i, row in zip(_ids(read), read, strict=True)]
+    items = [Item(id=i, asked=row.prompt[-1]["content"], prompt=row.prompt, gold=[row.response], cluster=cluster)
+             for i, row, cluster in zip(_ids(read), read, _dialogues(read), strict=True)]
     return reference_suite(request.spec, items, source, max_new_tokens=256)
 
 
@@ -148,6 +149,13 @@ def _ids(read: Sequence[Row]) -> list[str]:
     """The rows' ids, numbered where they are not distinct."""
     ids = [row.id for row in read]
     return ids if len(set(ids)) == len(ids) else [f"{i}-{name}" for i, name in enumerate(ids)]
+
+
+def _dialogues(read: Sequence[Row]) -> list[str]:
+    """The cluster of each row: the dialogue that it is a turn of, by what its user said first; none of rows that share nothing."""
+    first = [next((message["content"] for message in row.prompt if message["role"] == "user"), "") for row in read]
+    rows_of = Counter(first)
+    return [cluster_of_text(said) if rows_of[said] > 1 else "" for said in first]
 
 
 BUILT_IN: dict[str, Callable[[Request], Suite]] = {

@@ -64,6 +64,16 @@ def test_a_text_in_windows(tmp_path: Path) -> None:
         make(f"text:{path}")
 
 
+def test_turns_of_one_dialogue_are_not_independent(tmp_path: Path) -> None:
+    def row(*said: str) -> dict:
+        return {"messages": [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * 2, said, strict=False)]}
+
+    path = small_sets.jsonl(tmp_path / "rows.jsonl", [row("Hi!", "Yes?"), row("Hi!", "Yes?", "Why?", "So."), row("Who?", "Me.")])
+    for suite in (make(f"rows:{path}"), make(f"answers:{path}")):
+        first, second, other = (item.cluster for item in suite.items)
+        assert first == second != "" and other == ""
+
+
 def test_the_text_that_is_always_there() -> None:
     suite = make("text")
     whole = "\n\n".join(content for _, content in sorted(pydoc_data.topics.topics.items()))
@@ -84,6 +94,7 @@ def test_rows_and_their_answers(tmp_path: Path) -> None:
     assert make(f"rows:{long}").items[0].gold.response_ids == suite.items[0].gold.response_ids  # however long what comes before
     written = make(f"answers:{path}")
     assert [(i.asked, i.gold) for i in written.items] == [("Say yes.", ["yes"]), ("Say much.", ["w" * 2000])]
+    assert not any(item.cluster for item in (*suite.items, *written.items))
     pq.write_table(pa.table({"q": ["Say yes."], "a": ["yes"], "when": [datetime(2026, 1, 1)]}), tmp_path / "rows.parquet")
     table = make(f"answers:{tmp_path}/rows.parquet:prompt=q,response=a")
     assert table.items[0].gold == ["yes"] and table.source["file"] == "rows.parquet" and len(table.source["sha256"]) == 64
