@@ -12,9 +12,17 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from drift.names import parameters
+from drift.names import parameters, trainable
 from sasft.chat import Chat, Encoded
-from sasft.costing import cache_bytes, measure_reading, measure_recording, measure_training, measure_writing, weight_bytes
+from sasft.costing import (
+    TrainingCost,
+    cache_bytes,
+    measure_reading,
+    measure_recording,
+    measure_training,
+    measure_writing,
+    weight_bytes,
+)
 from sasft.data import encode_rows, read_rows
 from sasft.evaluation import Answered, EvaluateSettings, Predicted
 from sasft.evaluation.run import choose, make_suite
@@ -26,6 +34,7 @@ from sasft.pipeline import mix_table, parts_of
 from sasft.precision import Precision
 from sasft.probes import run_probes
 from sasft.talk import TalkSettings
+from sasft.terminal import counted, duration, gib
 from sasft.train import Rows, TrainSettings, encode, load, read_general_text, read_material
 from sasft.train import lay_out as lay_out_training
 
@@ -45,7 +54,7 @@ def of_talk(settings: TalkSettings, loaded: Loaded | None = None) -> Forecast:
     there = Path(settings.out).read_bytes().count(b"\n") if Path(settings.out).exists() else 0
     rows, longest = settings.n * settings.turns, settings.max_user_tokens + settings.max_new_tokens
     asked, answered = rows * settings.max_user_tokens, rows * settings.max_new_tokens
-    lines = [f"{settings.n} self-dialogues of {_n(settings.turns, 'user turn')}: up to {asked:,} tokens of user turns and "
+    lines = [f"{settings.n} self-dialogues of {counted(settings.turns, 'user turn')}: up to {asked:,} tokens of user turns and "
              f"{answered:,} of answers (all of them at their length caps), to {settings.out}"]
     if there:
         lines.append(f"{there} rows are there already")
@@ -59,7 +68,7 @@ def of_talk(settings: TalkSettings, loaded: Loaded | None = None) -> Forecast:
     seconds = batches * (2 * reading + longest * step)
     width = len(prefix) + settings.turns * longest
     lines += [
-        f"time on {model.device.type}: at most about {_time(seconds)} ({step:.3g} s a token of {settings.batch_size} rows "
+        f"time on {model.device.type}: at most about {duration(seconds)} ({step:.3g} s a token of {settings.batch_size} rows "
         "together, measured on a few; dialogues that end before their caps take less, user turns that are passed over are not "
         "counted)",
         _running(model, weight_bytes(model), settings.batch_size, width, settings.precision)]
@@ -75,46 +84,79 @@ def of_mix(settings: MixSettings) -> Forecast:
     size = sum(len(row.response) + sum(len(message["content"]) for message in row.prompt) for row in read)
     return Forecast("\n".join([
         *reports, mix_table(mixture.plan.report()),
-        f"disk: about {_gib(size)} in {settings.out} (a line for every row that is read)",
+        f"disk: about {gib(size)} in {settings.out} (a line for every row that is read)",
         "time: as long as this has taken", "memory: that of the rows"]), 0.0)
 
 
-def of_training(settings: TrainSettings) -> Forecast:
-    """Training: the mix as it would be without what a method makes of it, and the cost of one step."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reckoned:
+    """What a training from files would be, without what its method adds: the steps, their cost, and that of the recordings beside them.
+
+    ``recording_seconds``: of the first recording, which none exceeds by much. ``snapshot_bytes``: the untrained weights that drift is measured from.
+    """
+
+    model: nn.Module
+    plan: Plan
+    reports: Sequence[str]
+    training: TrainingCost
+    recordings: int
+    recording_seconds: float
+    snapshot_bytes: int
+
+    @property
+    def seconds(self) -> float:
+        """Of all steps and recordings."""
+        return self.training.seconds + self.recordings * self.recording_seconds
+
+    @property
+    def bytes(self) -> int:
+        """A floor for the peak of memory."""
+        return self.training.bytes + self.snapshot_bytes
+
+
+def reckon(settings: TrainSettings) -> Reckoned:
+    """Measure a step and a recording of a training whose files are there."""
     material = read_material(settings)
     model, tokenizer = load(settings)
     chat = Chat(tokenizer)
     rows, held_out, reports = encode(settings, material, material.rows, chat)
-    method = settings.chosen_method()
-    plan = lay_out_training(settings, material, rows)
-    return _training(settings, method.prepare(model, settings.seed), plan, rows, held_out, chat, reports)
+    return _reckon(settings, model, lay_out_training(settings, material, rows), rows, held_out, chat, reports)
 
 
-def _training(settings: TrainSettings, model: nn.Module, plan: Plan, rows: Rows, held_out: Rows, chat: Chat,
-              reports: Sequence[str]) -> Forecast:
+def _reckon(settings: TrainSettings, model: nn.Module, plan: Plan, rows: Rows, held_out: Rows, chat: Chat, reports: Sequence[str]) -> Reckoned:
+    model = settings.chosen_method().prepare(model, settings.seed)
     cost = measure_training(model, plan, rows, settings, chat.pad_id)
-    recording, seconds = "without recordings and checkpoints", cost.seconds
+    recordings, seconds, snapshot = 0, 0.0, 0
     if settings.records:
         probes = run_probes(chat, held_out, read_general_text(settings.general_text), precision=settings.precision)
-        each, n = measure_recording(model, probes), 1 + math.ceil(len(plan) / settings.steps_between(len(plan)))
-        recording = f"{_n(n, 'recording')} of at most {_time(each)} each, of which one was made; without checkpoints"
-        seconds += n * each
-    found = parameters(model)
-    trained, whole = (sum(p.numel() for p in found.values() if p.requires_grad or not only) for only in (True, False))
+        recordings, seconds = 1 + math.ceil(len(plan) / settings.steps_between(len(plan))), measure_recording(model, probes)
+        snapshot = sum(p.numel() * p.element_size() for p in trainable(model).values())
+    return Reckoned(model=model, plan=plan, reports=reports, training=cost, recordings=recordings, recording_seconds=seconds, snapshot_bytes=snapshot)
+
+
+def of_training(settings: TrainSettings) -> Forecast:
+    """Training: the mix as it would be without what a method makes of it, and the cost of its steps and recordings."""
+    return _training(settings, reckon(settings))
+
+
+def _training(settings: TrainSettings, found: Reckoned) -> Forecast:
+    cost, plan = found.training, found.plan
+    trained, whole = (sum(p.numel() for p in some.values()) for some in (trainable(found.model), parameters(found.model)))
     method = "" if settings.method == "sft" else f" and without what the method {settings.method} adds"
-    snapshot = sum(p.numel() * p.element_size() for p in found.values() if p.requires_grad) if settings.records else 0
-    device = next(model.parameters()).device.type
+    recordings = (f"with {counted(found.recordings, 'recording')} of about {duration(found.recording_seconds)} each, one of which was measured"
+                  if found.recordings else "without recordings")
+    device = next(found.model.parameters()).device.type
     lines = [
-        *reports, mix_table(plan.report()),
+        *found.reports, mix_table(plan.report()),
         f"{cost.tokens:,} tokens through the model, prompts and padding included, in {len(plan)} steps; {trained:,} of {whole:,} "
         f"parameters are trained ({trained / whole:.2%})",
-        f"time on {device}: about {_time(seconds)} ({1 / cost.seconds_per_token:,.0f} tokens/s forward and backward, "
-        f"{cost.optimizer_seconds:.3g} s an optimiser step, measured on one micro-batch; one process, {recording}"
-        f"{method})",
-        f"memory: at least {_gib(cost.bytes + snapshot)} ({_gib(cost.weight_bytes)} weights, {_gib(cost.state_bytes)} gradients "
-        f"and AdamW's moments, {_gib(cost.activation_bytes)} activations of the largest micro-batch, by what autograd kept of "
-        f"the measured one, {_gib(snapshot)} the untrained weights to measure drift from{method})"]
-    return Forecast("\n".join(lines), seconds)
+        f"time on {device}: about {duration(found.seconds)} ({1 / cost.seconds_per_token:,.0f} tokens/s forward and backward, "
+        f"{cost.optimizer_seconds:.3g} s an optimiser step, measured on one micro-batch; one process, {recordings}, "
+        f"without checkpoints{method})",
+        f"memory: at least {gib(found.bytes)} ({gib(cost.weight_bytes)} weights, {gib(cost.state_bytes)} gradients "
+        f"and AdamW's moments, {gib(cost.activation_bytes)} activations of the largest micro-batch, by what autograd kept of "
+        f"the measured one, {gib(found.snapshot_bytes)} the untrained weights to measure drift from{method})"]
+    return Forecast("\n".join(lines), found.seconds)
 
 
 def of_evaluation(settings: EvaluateSettings, suites: str | None = None, loaded: Loaded | None = None) -> Forecast:
@@ -142,9 +184,9 @@ def of_evaluation(settings: EvaluateSettings, suites: str | None = None, loaded:
             takes = tokens * passes * measure_reading(model, middle, settings.batch_size, precision)
         longest, seconds = max(longest, len(prompts[-1]) + cap), seconds + takes
         writes = f", up to {len(items) * cap:,} to write; at most" if cap else ";"
-        lines.append(f"{name}: {len(items)} items, {tokens:,} tokens to read{writes} about {_time(takes)}")
+        lines.append(f"{name}: {len(items)} items, {tokens:,} tokens to read{writes} about {duration(takes)}")
     weights = weight_bytes(model) * (1 if settings.base is None else 2)
-    lines += [f"time on {model.device.type}: about {_time(seconds)} (a batch of middling prompts and a few written tokens of "
+    lines += [f"time on {model.device.type}: about {duration(seconds)} (a batch of middling prompts and a few written tokens of "
               "each suite were measured)", _running(model, weights, settings.batch_size, longest, settings.precision)]
     return Forecast("\n".join(lines), seconds)
 
@@ -177,16 +219,15 @@ def of_run(settings: Any) -> Forecast:
         said.append(("the model before training", evaluation))
     del loaded
     model, _ = load(parts.train)
-    prepared = parts.train.chosen_method().prepare(model, settings.seed)
-    said.append(("mix and training", _training(parts.train, prepared, plan, *({TASK: [], SELF: [], **found} for found in (encoded, held_out)),
-                                                    chat, reports)))
+    trained_on, measured_on = ({TASK: [], SELF: [], **found} for found in (encoded, held_out))
+    said.append(("mix and training", _training(parts.train, _reckon(parts.train, model, plan, trained_on, measured_on, chat, reports))))
     if evaluation:
         said.append(("the model after training", Forecast("as before training, and once more for the KL to the untrained model",
                                                           evaluation.seconds)))
     known = [forecast.seconds for _, forecast in said if forecast.seconds is not None]
     text = "\n\n".join(f"== {title}\n{forecast.text}" for title, forecast in said)
     rest = "" if len(known) == len(said) else ", and what is not estimated"
-    return Forecast(f"{text}\n\nall in all: about {_time(sum(known))}{rest}", sum(known))
+    return Forecast(f"{text}\n\nall in all: about {duration(sum(known))}{rest}", sum(known))
 
 
 DRY_RUNS: Mapping[str, Callable[[Any], Forecast]] = {
@@ -196,7 +237,7 @@ DRY_RUNS: Mapping[str, Callable[[Any], Forecast]] = {
 
 def _running(model: nn.Module, weights: int, rows: int, tokens: int, precision: Precision) -> str:
     kept = rows * tokens * cache_bytes(model.config, precision)
-    return (f"memory: about {_gib(weights + kept)} ({_gib(weights)} weights, {_gib(kept)} keys and values of {rows} rows of "
+    return (f"memory: about {gib(weights + kept)} ({gib(weights)} weights, {gib(kept)} keys and values of {rows} rows of "
             f"{tokens} tokens, by the model's configuration)")
 
 
@@ -204,23 +245,3 @@ def _longest(settings: TalkSettings, chat: Chat) -> Encoded:
     before = settings.turns * settings.max_user_tokens + (settings.turns - 1) * settings.max_new_tokens
     prompt = [*chat.user_prefix_ids(), *[chat.pad_id] * before]
     return Encoded.answered(prompt, [*[chat.pad_id] * settings.max_new_tokens, chat.end_of_turn])
-
-
-def _n(n: int, what: str) -> str:
-    return f"{n} {what}" + ("" if n == 1 else "s")
-
-
-def _gib(size: float) -> str:
-    return f"{size / 2**30:.2f} GiB" if size >= 2**27 else f"{size / 2**20:.1f} MiB"
-
-
-def _time(seconds: float) -> str:
-    """A duration as people say it.
-
-    >>> _time(0.26), _time(95), _time(9000)
-    ('0.3 seconds', '1.6 minutes', '2.5 hours')
-    """
-    for size, unit in ((3600, "hours"), (60, "minutes")):
-        if seconds >= size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.1f} seconds"

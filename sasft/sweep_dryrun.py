@@ -8,16 +8,12 @@ from contextlib import contextmanager
 
 import torch
 
-from drift.names import trainable
-from sasft.chat import Chat
-from sasft.costing import TrainingCost, measure_training
-from sasft.dryrun import Forecast, _gib, _n, _time, of_evaluation
+from sasft.dryrun import Forecast, of_evaluation, reckon
 from sasft.methods import Method
-from sasft.mixing import Plan
 from sasft.sweep import SweepSettings, begun, checked, evaluations
 from sasft.sweep_plan import Cell
-from sasft.terminal import table
-from sasft.train import TrainSettings, encode, lay_out, load, read_material
+from sasft.terminal import counted, duration, gib, table
+from sasft.train import TrainSettings
 
 # Settings that change neither time nor memory of a training.
 _TAKE_ALIKE = ("out", "seed", "lr", "schedule", "warmup_steps", "weight_decay", "max_grad_norm", "loss", "save_every",
@@ -28,7 +24,7 @@ def of_sweep(settings: SweepSettings) -> Forecast:
     """What :func:`sweep` would do and what it would take, after all of its checks; nothing is written.
 
     Trainings that differ in seeds, rates and the like take alike, and so do methods but for what they add, which is not measured;
-    one of each kind is (:func:`sasft.costing.measure_training`), with as many threads as a cell has and nothing beside it.
+    one of each kind is (:func:`sasft.dryrun.reckon`), with as many threads as a cell has and nothing beside it.
     """
     cells = [cell for cell, _ in checked(settings)]
     todo = [cell for cell in cells if not cell.result.exists()]
@@ -45,37 +41,37 @@ def of_sweep(settings: SweepSettings) -> Forecast:
     seconds, memory = {cell.name: 0.0 for cell in todo}, {cell.name: 0 for cell in todo}
     with _on_threads(settings.cores()):
         for alike in kinds.values():
-            plan, cost, size = _measured(TrainSettings(**alike[0].train))
-            rows.append((str(len(alike)), alike[0].name, str(sum(map(len, plan))), str(len(plan)), f"{cost.tokens:,}",
-                         _time(cost.seconds), _gib(size)))
-            seconds.update({cell.name: cost.seconds for cell in alike})
-            memory.update({cell.name: size for cell in alike})
+            found = reckon(TrainSettings(**alike[0].train))
+            rows.append((str(len(alike)), alike[0].name, str(sum(map(len, found.plan))), str(len(found.plan)), f"{found.training.tokens:,}",
+                         duration(found.seconds), gib(found.bytes)))
+            seconds.update({cell.name: found.seconds for cell in alike})
+            memory.update({cell.name: found.bytes for cell in alike})
         tested = {model: of_evaluation(evaluation) for model, evaluation in evaluations(todo).items()}
     for cell in todo:
         if cell.evaluate is not None:
             seconds[cell.name] += tested[cell.train["model"], cell.train["revision"]].seconds or 0.0
     if kinds:
         lines += ["trainings that take alike, each:", table(rows, "  "),
-                  f"(tokens with prompts and padding; time on this machine with {_n(settings.cores(), 'thread')}, memory at least, from one "
-                  "micro-batch of each kind alone; without starting, recordings, checkpoints and what methods add)"]
+                  f"(tokens with prompts and padding; time on this machine with {counted(settings.cores(), 'thread')}, memory at least, from one "
+                  "micro-batch and one recording of each kind alone; without starting, checkpoints and what methods add)"]
     for (model, _), forecast in tested.items():
         lines += [f"evaluation of {model} and each model trained from it:", textwrap.indent(forecast.text, "  ")]
     longest, once = max(seconds.values()), min(settings.workers, len(todo))
     whole = _makespan(list(seconds.values()), settings.workers)
     side_by_side = sum(sorted(memory.values(), reverse=True)[:once])
     if settings.ray is not None:
-        at_once = f"one by one; Ray runs as many at once as it has {_n(settings.cores(), 'core')} and {settings.gpus:g} GPUs for"
+        at_once = f"one by one; Ray runs as many at once as it has {counted(settings.cores(), 'core')} and {settings.gpus:g} GPUs for"
     else:
-        at_once = f"on {_n(settings.workers, 'worker')}"
-    lines += [f"time: up to about {_time(longest)} for one cell, about {_time(whole)} for all {len(todo)} left, {at_once}",
-              f"memory: at least {_gib(side_by_side)} for the {_n(once, 'largest training')} side by side"]
+        at_once = f"on {counted(settings.workers, 'worker')}"
+    lines += [f"time: up to about {duration(longest)} for one cell, about {duration(whole)} for all {len(todo)} left, {at_once}",
+              f"memory: at least {gib(side_by_side)} for the {counted(once, 'largest training')} side by side"]
     return Forecast("\n".join(lines), whole)
 
 
 def _grid(cells: Sequence[Cell]) -> list[str]:
     """How many cells every arm has, and in what they differ."""
     trained = sum(cell.trains for cell in cells)
-    lines = [f"{_n(len(cells), 'cell')}: {trained} trained, {len(cells) - trained} untrained to compare with"]
+    lines = [f"{counted(len(cells), 'cell')}: {trained} trained, {len(cells) - trained} untrained to compare with"]
     for arm in dict.fromkeys(cell.arm for cell in cells):
         own = [cell.train for cell in cells if cell.arm == arm]
         values = {name: len({str(train[name]) for train in own}) for name in own[0] if name != "out"}
@@ -91,19 +87,6 @@ def _kind(cell: Cell) -> str:
     plain = all(getattr(method, stage) is getattr(Method, stage) for stage in ("files", "shares", "prepare"))
     alike = (*_TAKE_ALIKE, *(("method", "method_options") if plain else ()))
     return json.dumps({name: value for name, value in cell.train.items() if name not in alike})
-
-
-def _measured(settings: TrainSettings) -> tuple[Plan, TrainingCost, int]:
-    """The plan of a training, what it takes, and the bytes of its memory with the weights that drift is measured from."""
-    material = read_material(settings)
-    model, tokenizer = load(settings)
-    chat = Chat(tokenizer)
-    rows, _, _ = encode(settings, material, material.rows, chat)
-    model = settings.chosen_method().prepare(model, settings.seed)
-    plan = lay_out(settings, material, rows)
-    cost = measure_training(model, plan, rows, settings, chat.pad_id)
-    snapshot = sum(p.numel() * p.element_size() for p in trainable(model).values()) if settings.records else 0
-    return plan, cost, cost.bytes + snapshot
 
 
 @contextmanager

@@ -58,3 +58,25 @@ def table(rows: Sequence[Sequence[str]], indent: str = "") -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
     return "\n".join(f"{indent}{line}".rstrip() for line in lines)
+
+
+def counted(n: int, what: str) -> str:
+    """A number of things, in the plural unless it is one."""
+    return f"{n} {what}" + ("" if n == 1 else "s")
+
+
+def gib(size: float) -> str:
+    """Bytes as people say them."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**27 else f"{size / 2**20:.1f} MiB"
+
+
+def duration(seconds: float) -> str:
+    """A duration as people say it.
+
+    >>> duration(0.26), duration(95), duration(9000)
+    ('0.3 seconds', '1.6 minutes', '2.5 hours')
+    """
+    for size, unit in ((3600, "hours"), (60, "minutes")):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.1f} seconds"

@@ -12,7 +12,7 @@ from sasft import costing
 from sasft.batches import MicroBatches, batch_of
 from sasft.cli import main
 from sasft.costing import cache_bytes, measure_reading, measure_training, measure_writing, weight_bytes
-from sasft.dryrun import DRY_RUNS, of_run, of_talk, of_training
+from sasft.dryrun import DRY_RUNS, of_run, of_talk, of_training, reckon
 from sasft.errors import UsageError
 from sasft.mixing import SELF, TASK, make_plan
 from sasft.mixture import MixSettings, make_mixture
@@ -142,9 +142,12 @@ def test_recordings_are_part_of_the_time(folder: Path) -> None:
     """At θ₀, after each tenth of the run, and at its end."""
     given = {"model": str(folder / "model"), "task": str(folder / "task.jsonl"), "self_data": str(folder / "self.jsonl"), "steps": 25,
              "rows_per_step": 2, "out": str(folder / "run"), **FP32}
-    said = [of_training(TrainSettings(**given, record_every=every)) for every in (None, 20, 0)]
-    assert "10 recordings of at most" in said[0].text and "3 recordings of at most" in said[1].text  # 0, 3, ... 24, 25; 0, 20, 25
-    assert "without recordings" in said[2].text and said[2].seconds < said[0].seconds
+    found = [reckon(TrainSettings(**given, record_every=every)) for every in (None, 20, 0)]
+    assert [f.recordings for f in found] == [10, 3, 0]  # at 0, 3, ... 24, 25; at 0, 20, 25
+    for f in found:
+        assert f.seconds == f.training.seconds + f.recordings * f.recording_seconds and (f.recording_seconds > 0) == (f.recordings > 0)
+    assert "with 10 recordings of about" in of_training(TrainSettings(**given)).text
+    assert "without recordings, without checkpoints" in of_training(TrainSettings(**given, record_every=0)).text
 
 
 def test_self_dialogues_to_come_count_at_their_caps(folder: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
 
 import sasft.sweep
@@ -14,7 +15,7 @@ import sasft.sweep_dryrun
 import sasft.sweep_plan
 from sasft.cli import main
 from sasft.costing import TrainingCost
-from sasft.dryrun import Forecast, of_training
+from sasft.dryrun import Forecast, Reckoned, of_training
 from sasft.errors import UsageError
 from sasft.evaluation import EvaluateSettings
 from sasft.evaluation import run as evaluation
@@ -248,11 +249,12 @@ def test_what_a_dry_run_reckons(folder: Path, here: list[str], monkeypatch: pyte
 
     def measure(train: TrainSettings):
         measured.append(train.method)
-        cost = TrainingCost(tokens=1, seconds_per_token=1.0, optimizer_seconds=1.0, seconds=600.0 if train.method == "freeze" else 60.0, weight_bytes=0,
-                            state_bytes=0, activation_bytes=0)
-        return [()], cost, (3 if train.method == "freeze" else 1) * 2**30
+        long = train.method == "freeze"
+        cost = TrainingCost(tokens=1, seconds_per_token=1.0, optimizer_seconds=1.0, seconds=580.0 if long else 40.0, weight_bytes=2**30 if long else 0,
+                            state_bytes=2**30 if long else 0, activation_bytes=0)
+        return Reckoned(model=torch.nn.Identity(), plan=[()], reports=(), training=cost, recordings=2, recording_seconds=10.0, snapshot_bytes=2**30)
 
-    monkeypatch.setattr(sasft.sweep_dryrun, "_measured", measure)
+    monkeypatch.setattr(sasft.sweep_dryrun, "reckon", measure)
     monkeypatch.setattr(sasft.sweep_dryrun, "of_evaluation", lambda evaluation: Forecast("scores", 30.0))
     given = {"lam": 0, "arms": [{"method": "freeze", "method_options": "layers=0"}, {"method": "l2-sp"}, {"seed": [1, 2]}], "evaluate": {"suites": "text"}}
     plan(folder, **given)
