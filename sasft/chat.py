@@ -4,9 +4,11 @@ The tokenizer's own template is the only source of truth: what opens a turn, wha
 the default system prompt says are read off its renderings, never assumed.
 """
 
+import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 from itertools import groupby
 from typing import Any, Literal
 
@@ -26,6 +28,8 @@ Turns = Literal["last", "all"]
 _PROBE = "A turn to look for"
 # What a template is told, in the order of trying, until prompts read the same with and without their answer.
 _MODES: tuple[dict[str, Any], ...] = ({}, {"enable_thinking": False})
+_TODAY = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
+_DAY = date(2024, 7, 26)  # which Llama 3's template falls back to where it is given none
 _DIM, _RESET = "\x1b[2m", "\x1b[0m"
 
 
@@ -128,9 +132,11 @@ class Chat:
     """A tokenizer's chat template: prompts as ids, rows with their loss mask.
 
     A reasoning template that puts an empty think block before answers is rendered in its non-thinking mode
-    (``enable_thinking=False``), if that puts the block into the prompt for sampling as well: the same text in both.
+    (``enable_thinking=False``), if that puts the block into the prompt for sampling as well: the same text in both. A template
+    that tells today's date (Llama 3's system prompt) tells one fixed day instead, our choice: prompts that change overnight
+    could not be compared, and a run could not go on with them.
 
-    Attributes: ``tokenizer``; ``end_of_turn``, the id that ends an assistant turn as the template
+    Attributes: ``tokenizer``; ``template``, as it is rendered; ``end_of_turn``, the id that ends an assistant turn as the template
     writes it (not always the tokenizer's ``eos_token``); ``pad_id``, the tokenizer's padding id, or
     another special token where that one is missing or ends turns: code that tells padding by its
     id would take the end of a turn for padding, and a model trained like that never stops.
@@ -146,6 +152,7 @@ class Chat:
             raise UsageError(f"the tokenizer of {self._name} has no chat template, so it knows no "
                              "turns; take the chat (\"instruct\") version of the model, or put a "
                              "chat_template.jinja into its folder")
+        self.template = _TODAY.sub(lambda call: repr(_DAY.strftime(call[2])), tokenizer.get_chat_template())
         for self._mode in _MODES:
             self._lead, self._tail = self._around_answer()
             if self._lead is not None and not self._lead.strip():
@@ -298,7 +305,8 @@ class Chat:
 
     def _render(self, messages: Messages, **kwargs: Any) -> str:
         try:
-            return self.tokenizer.apply_chat_template(list(messages), tokenize=False, **self._mode, **kwargs)
+            return self.tokenizer.apply_chat_template(list(messages), chat_template=self.template, tokenize=False, **self._mode,
+                                                      **kwargs)
         except jinja2.TemplateError as error:
             roles = ", ".join(str(m.get("role")) for m in messages)
             raise UsageError(f"the chat template of {self._name} refuses a conversation of the "

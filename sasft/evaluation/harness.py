@@ -46,11 +46,13 @@ class Harness(Suite):
     def run(self, subject: Subject, limit: int | None) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """Records of all items, and what lm-eval says of its tasks: their versions and its own aggregate scores."""
         lm_eval = _library("lm_eval")
+        tokenizer = copy.deepcopy(subject.chat.tokenizer)
+        tokenizer.chat_template = subject.chat.template  # of the same day
         manager = _library("lm_eval.tasks").TaskManager(include_path=self.task_folder)
         try:
             with measuring(subject.model), _random_state_kept():
                 wrapped = _library("lm_eval.models.huggingface").HFLM(
-                    pretrained=subject.model, tokenizer=copy.deepcopy(subject.chat.tokenizer), batch_size=subject.batch_size,
+                    pretrained=subject.model, tokenizer=tokenizer, batch_size=subject.batch_size,
                     mixed_precision_dtype="bfloat16" if subject.precision == "bf16" else None,
                     chat_template_args=dict(subject.chat._mode))  # a reasoning template in the mode that our own suites use
                 found = lm_eval.simple_evaluate(

@@ -156,6 +156,16 @@ def test_pad_is_never_a_token_that_ends_a_turn():
         Chat(tokenizer(only_end, specials=["<|im_end|>"], pad=None))
 
 
+def test_prompts_are_the_same_on_every_day() -> None:
+    dated = """{% if not date_string is defined %}{% if strftime_now is defined %}{% set date_string = strftime_now("%d %b %Y") %}
+{%- endif %}{% endif %}""" + CHATML.replace("Be kind.", "It is {{ date_string }}, {{ strftime_now( '%A' ) }}.")
+    chat = Chat(tokenizer(dated))
+    opening = "<|im_start|>system\nIt is 26 Jul 2024, Friday.<|im_end|>\n<|im_start|>user\n"
+    assert chat.tokenizer.decode(chat.user_prefix_ids()) == opening
+    row = chat.encode([{"role": "user", "content": "Hi"}], "Yo")
+    assert chat.tokenizer.decode(row.input_ids) == f"{opening}Hi<|im_end|>\n<|im_start|>assistant\nYo<|im_end|>"
+
+
 def test_show_colours_what_is_in_the_loss():
     chat = Chat(tokenizer())
     assert chat.show(chat.encode(USER, "Yes")) == (

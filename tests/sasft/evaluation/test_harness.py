@@ -99,6 +99,14 @@ def test_reasoning_templates_are_rendered_as_our_own_suites_have_them(fake: Fake
     assert fake.wrapped["chat_template_args"] == {"enable_thinking": False}
 
 
+def test_dated_templates_tell_the_day_of_our_own_suites(fake: FakeLmEval, tmp_path: Path) -> None:
+    tokenizer = tiny_chat.tokenizer(tiny_chat.CHATML.replace("Be kind.", "{{ strftime_now('%d %b %Y') }}"))
+    evaluate(tiny_chat.chatty(), tokenizer, ["lm_eval:a_task"], tmp_path, progress=False)
+    asked = [{"role": "user", "content": "Hi"}]
+    assert "26 Jul 2024" in fake.wrapped["tokenizer"].apply_chat_template(asked, tokenize=False)
+    assert "26 Jul 2024" not in tokenizer.apply_chat_template(asked, tokenize=False)  # which keeps its own template
+
+
 def test_lm_eval_leaves_no_trace(fake: FakeLmEval, tmp_path: Path) -> None:
     model, tokenizer = tiny_chat.chatty().train(), tiny_chat.tokenizer()
     random.seed(3), np.random.seed(3), torch.manual_seed(3)
