@@ -147,9 +147,9 @@ def test_odd_texts_have_finite_features(text: str) -> None:
 
 @pytest.mark.parametrize("piece", ["[a](", "**a", "`", "[", "(", ".", '."', "!?", "1,", "a'", "a_", "- ", "http://", " ", "\n", "Mr. ", "\u200b"])
 def test_time_is_linear_in_the_length_of_any_text(piece: str) -> None:
-    began = time.perf_counter()
+    began = time.process_time()
     style_features(piece * (400_000 // len(piece)))
-    assert time.perf_counter() - began < 5, "with a quadratic pattern it is minutes"
+    assert time.process_time() - began < 5, "with a quadratic pattern it is minutes"
 
 
 def test_the_matrix_has_a_row_a_text_and_a_column_a_feature() -> None:
