@@ -126,9 +126,14 @@ class TalkSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Talk:
-    """What was written: the file to train on, what its rows are like, what filters and ablation did."""
+    """What was written: the file to train on, what its rows are like, what filters and ablation did.
+
+    ``generated_tokens``: of all answers and user turns written, ends of turns among them and dropped rows too, but no user turns
+    that were passed over. What SA-SFT costs beyond SFT, as :class:`sasft.methods.Costs` counts it for methods that write as they train.
+    """
 
     path: Path
+    generated_tokens: int
     quality: QualityReport
     limits: QualityLimits
     filters: FilterReport | None
@@ -143,11 +148,12 @@ class Talk:
 
     def as_dict(self) -> dict[str, Any]:
         """What the file beside the rows holds."""
-        return {"file": self.path.name, "quality": self.quality.as_dict(), "limits": asdict(self.limits),
+        return {"file": self.path.name, "generated_tokens": self.generated_tokens, "quality": self.quality.as_dict(), "limits": asdict(self.limits),
                 "filters": self.filters and self.filters.as_dict(), "ablations": [report.as_dict() for report in self.ablations]}
 
     def __str__(self) -> str:
-        parts = [*([self.filters] if self.filters else []), *self.ablations, self.quality]
+        spent = f"{self.generated_tokens:,} tokens generated, user turns that were passed over not counted"
+        parts = [spent, *([self.filters] if self.filters else []), *self.ablations, self.quality]
         return "\n".join(map(str, parts))
 
 
@@ -220,7 +226,10 @@ def _chosen(settings: TalkSettings, rows: Sequence[Row], chat: Chat) -> tuple[li
         left, report = ablate(left, rule, second, reads=settings.ablate_reads)
         ablations.append(report)
     quality = inspect_rows(left, chat, expected_language=settings.language)
-    return left, Talk(path=settings.kept, quality=quality, limits=settings.quality_limits(), filters=filters, ablations=ablations)
+    spent = sum(len(chat.tokenizer(row.prompt[-1]["content"], add_special_tokens=False).input_ids) + 1
+                + len(row.response_ids) + row.finished for row in rows)
+    return left, Talk(path=settings.kept, generated_tokens=spent, quality=quality, limits=settings.quality_limits(), filters=filters,
+                      ablations=ablations)
 
 
 def _lines(name: str, path: str | None) -> list[str]:

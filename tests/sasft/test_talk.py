@@ -34,9 +34,11 @@ def test_all_rows_are_written_and_only_the_kept_are_to_be_trained_on(settings, t
     assert done.path == tmp_path / "self.kept.jsonl" and len(written) == 12
     assert kept == [row for row in sorted(written, key=lambda row: row.id) if row.finished and 2 <= len(row.response_ids) <= 9]
     assert 0 < len(kept) < 12
+    spent = sum(len(row.prompt[0]["content"]) + 1 + len(row.meta["logprobs"]) for row in written)  # a token is a letter here
+    assert done.generated_tokens == spent and str(done).startswith(f"{spent:,} tokens generated")
     assert done.quality.rows == len(kept) and done.quality.measures["unfinished"] == 0
     told = json.loads((tmp_path / "self.quality.json").read_text())
-    assert told["file"] == "self.kept.jsonl" and told["filters"]["rows"] == 12 and told["quality"]["rows"] == len(kept)
+    assert told["file"] == "self.kept.jsonl" and told["generated_tokens"] == spent and told["filters"]["rows"] == 12 and told["quality"]["rows"] == len(kept)
     before = (tmp_path / "self.jsonl").read_bytes()
     assert talk(settings(max_new_tokens=6)).path == tmp_path / "self.jsonl"  # other filters write nothing anew
     assert (tmp_path / "self.jsonl").read_bytes() == before
