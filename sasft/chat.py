@@ -136,8 +136,8 @@ class Chat:
     that tells today's date (Llama 3's system prompt) tells one fixed day instead, our choice: prompts that change overnight
     could not be compared, and a run could not go on with them.
 
-    Attributes: ``tokenizer``; ``template``, as it is rendered; ``end_of_turn``, the id that ends an assistant turn as the template
-    writes it (not always the tokenizer's ``eos_token``); ``pad_id``, the tokenizer's padding id, or
+    Attributes: ``tokenizer``; ``template``, as it is rendered; ``end_of_turn``, the id that ends an assistant turn as the
+    template writes it (not always the tokenizer's ``eos_token``); ``pad_id``, the tokenizer's padding id, or
     another special token where that one is missing or ends turns: code that tells padding by its
     id would take the end of a turn for padding, and a model trained like that never stops.
 

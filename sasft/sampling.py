@@ -83,7 +83,7 @@ class Sample:
 
 
 def positions(model: object) -> float:
-    """How many tokens a model takes, as its configuration says; infinity if it does not (or if it is no model of transformers)."""
+    """How many tokens a model takes, as its configuration says; infinity if it says nothing, or is not transformers'."""
     return getattr(getattr(model, "config", None), "max_position_embeddings", None) or math.inf
 
 

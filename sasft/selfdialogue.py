@@ -121,7 +121,7 @@ def write_dialogues(writer: Writer, n: int, out: Path, *, seed: int = 0, max_use
                 break
             start += chunk
     ids = sorted(written, key=place)
-    if ids != list(written):  # as they ended, the longest answers last: whoever takes the file's end would choose rows by their answers
+    if ids != list(written):  # they ended the longest last: whoever takes the file's end would choose rows by their answers
         write_jsonl(out, (written[key].as_json() for key in ids))
     last = [candidate for candidate, turn in map(place, ids) if turn == 1][n - 1]
     return [written[key] for key in ids if place(key)[0] <= last]

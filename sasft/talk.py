@@ -129,7 +129,8 @@ class Talk:
     """What was written: the file to train on, what its rows are like, what filters and ablation did.
 
     ``generated_tokens``: of all answers and user turns written, ends of turns among them and dropped rows too, but no user turns
-    that were passed over. What SA-SFT costs beyond SFT, as :class:`sasft.methods.Costs` counts it for methods that write as they train.
+    that were passed over. What SA-SFT costs beyond SFT, as :class:`sasft.methods.Costs` counts it for methods that write as they
+    train.
     """
 
     path: Path
@@ -148,8 +149,9 @@ class Talk:
 
     def as_dict(self) -> dict[str, Any]:
         """What the file beside the rows holds."""
-        return {"file": self.path.name, "generated_tokens": self.generated_tokens, "quality": self.quality.as_dict(), "limits": asdict(self.limits),
-                "filters": self.filters and self.filters.as_dict(), "ablations": [report.as_dict() for report in self.ablations]}
+        return {"file": self.path.name, "generated_tokens": self.generated_tokens, "quality": self.quality.as_dict(),
+                "limits": asdict(self.limits), "filters": self.filters and self.filters.as_dict(),
+                "ablations": [report.as_dict() for report in self.ablations]}
 
     def __str__(self) -> str:
         spent = f"{self.generated_tokens:,} tokens generated, user turns that were passed over not counted"
@@ -173,8 +175,8 @@ def talk(settings: TalkSettings) -> Talk:
     rows = write_in_parallel(writer, settings.n, Path(settings.out), seed=settings.seed, dialogues=settings.dialogues(),
                              max_user_tokens=settings.max_user_tokens)
     if settings.kept == Path(settings.out) and (there := len(read_rows(settings.out))) > len(rows):
-        raise UsageError(f"{settings.out} holds {there} rows, of which n={settings.n} asks for the first {len(rows)}; training would "
-                         "read them all, so raise n, or name another file")
+        raise UsageError(f"{settings.out} holds {there} rows, of which n={settings.n} asks for the first {len(rows)}; training "
+                         "would read them all, so raise n, or name another file")
     left, done = _chosen(settings, rows, writer.chat)
     if first:
         if settings.kept != Path(settings.out):

@@ -26,8 +26,8 @@ LETTERS = "ABCDEFGHIJ"
 
 
 def _gsm8k_source(split: str) -> Source:
-    return Source(title=f"GSM8K ({split})", file=f"gsm8k/{split}.jsonl", columns=("question", "answer"), texts=("question", "answer"),
-                  home="https://github.com/openai/grade-school-math",
+    return Source(title=f"GSM8K ({split})", file=f"gsm8k/{split}.jsonl", columns=("question", "answer"),
+                  texts=("question", "answer"), home="https://github.com/openai/grade-school-math",
                   hub=Hub(name="openai/gsm8k", config="main", split=split, revision="cc7b047b6e5bb11b4f1af84efc572db110a51b3c"))
 
 
@@ -125,7 +125,8 @@ def agieval(request: Request) -> Suite:
     """
     part = request.one_of(_AGIEVAL)
     source = Source(title=f"AGIEval ({part})", file=f"agieval/{part}.jsonl", columns=("passage", "question", "options", "label"),
-                    texts=("question",), home="https://github.com/ruixiangcui/AGIEval", hub=Hub(name=f"hails/agieval-{part}", row=_agieval_row))
+                    texts=("question",), home="https://github.com/ruixiangcui/AGIEval",
+                    hub=Hub(name=f"hails/agieval-{part}", row=_agieval_row))
     rows, provenance = source.read(request.folder)
     if part == "math":
         request.no_shots()
@@ -158,7 +159,8 @@ def piqa(request: Request) -> Suite:
     """
     request.no_part(), request.no_shots()
     source = Source(title="PIQA (validation)", file="piqa/valid.jsonl", columns=("goal", "sol1", "sol2"),
-                    texts=("goal", "sol1", "sol2"), home="https://yonatanbisk.com/piqa", form="valid.jsonl beside its valid-labels.lst",
+                    texts=("goal", "sol1", "sol2"), home="https://yonatanbisk.com/piqa",
+                    form="valid.jsonl beside its valid-labels.lst",
                     hub=Hub(name="baber/piqa", split="validation"))
     rows, provenance = source.read(request.folder)
     if "file" in provenance:

@@ -152,7 +152,7 @@ def _ids(read: Sequence[Row]) -> list[str]:
 
 
 def _dialogues(read: Sequence[Row]) -> list[str]:
-    """The cluster of each row: the dialogue that it is a turn of, by what its user said first; none of rows that share nothing."""
+    """The cluster of each row: the dialogue that it is a turn of, by what its user said first; none where it is alone in it."""
     first = [next((message["content"] for message in row.prompt if message["role"] == "user"), "") for row in read]
     rows_of = Counter(first)
     return [cluster_of_text(said) if rows_of[said] > 1 else "" for said in first]

@@ -111,7 +111,8 @@ def _references(row: Mapping[str, Any]) -> list[str]:
 
 def _from_hub(part: str) -> _Task:
     source = Source(title=f"Super-NaturalInstructions, {part}", file=f"super_ni/{part}_<name>.json", home=_HOME,
-                    columns=("id", "definition", "inputs", "targets"), texts=("definition", "inputs", "targets"), form="the task's JSON file as it is",
+                    columns=("id", "definition", "inputs", "targets"), texts=("definition", "inputs", "targets"),
+                    form="the task's JSON file as it is",
                     hub=Hub(name="Muennighoff/natural-instructions", split="train+test",
                             revision="a29a9757125f4bb1c26445ad0d2ef7d9b2cc9c4c",
                             keep=lambda row: row["task_name"] == part or row["task_name"].startswith(part + "_")))

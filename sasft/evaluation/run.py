@@ -50,7 +50,8 @@ class MeasureSettings:
     temperature: float = option(0.0, "sampling temperature of written answers; 0 takes the most probable token")
     seed: int = option(0, "seed of sampled answers; each depends on it and on its item alone")
     max_new_tokens: int = option(0, "length cap of an answer in tokens; 0 for each suite's own")
-    training: str | None = option(None, "files of training rows (or hub datasets), separated by commas, to look for the questions in")
+    training: str | None = option(None, "files of training rows or hub datasets, separated by commas, to look for the questions "
+                                        "in")
     task_folder: str | None = option(None, "folder of lm-eval task files (YAML) of your own")
 
     def __post_init__(self) -> None:
@@ -187,7 +188,7 @@ class _Shown:
 
 
 def _shown(suite: Suite, subject: Subject, items: Sequence[Item]) -> dict[str, _Shown]:
-    """What the model is shown, by item. Raises :class:`UsageError` for a prompt that, with its answer, is longer than it takes."""
+    """What the model is shown, by item. Raises :class:`UsageError` for a prompt that with its answer is longer than it takes."""
     found = {}
     most = positions(subject.model)
     cap = (subject.max_new_tokens or suite.max_new_tokens) if isinstance(suite, Answered) else 0
@@ -197,8 +198,9 @@ def _shown(suite: Suite, subject: Subject, items: Sequence[Item]) -> dict[str, _
             raise UsageError(f"suite {suite.name!r}: the prompt of item {item.id} has {len(ids)} tokens, the model takes "
                              f"{most}; show fewer worked examples (@n), or leave the suite out")
         if len(ids) + cap - 1 > most:  # the last token is never fed
-            raise UsageError(f"suite {suite.name!r}: the prompt of item {item.id} has {len(ids)} tokens and its answer up to {cap}, "
-                             f"the model takes {most}; lower max_new_tokens, show fewer worked examples (@n), or leave the suite out")
+            raise UsageError(f"suite {suite.name!r}: the prompt of item {item.id} has {len(ids)} tokens and its answer up to "
+                             f"{cap}, the model takes {most}; lower max_new_tokens, show fewer worked examples (@n), or leave the "
+                             "suite out")
         found[item.id] = _Shown(len(ids), hashlib.sha256(" ".join(map(str, ids)).encode()).hexdigest())
     return found
 
@@ -284,8 +286,8 @@ def _check_base(subject: Subject) -> None:
     if isinstance(subject.base, nn.Module):
         base, model = (m.get_output_embeddings().weight.shape[0] for m in (subject.base, subject.model))
         if base != model:
-            raise UsageError(f"base predicts {base} tokens, the model {model}; name the model that it was trained from, or leave base "
-                             "out")
+            raise UsageError(f"base predicts {base} tokens, the model {model}; name the model that it was trained from, or leave "
+                             "base out")
 
 
 def _contaminated(items: Sequence[Item], settings: MeasureSettings) -> list[str] | None:

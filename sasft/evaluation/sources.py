@@ -48,8 +48,8 @@ class Hub:
 class Source:
     """Rows of one split of a benchmark.
 
-    ``file`` inside the folder of data, whose rows need the ``columns``, those of ``texts`` as text; the page ``home`` of its authors, and the ``form`` in
-    which the file is read; the set on the ``hub`` that stands in where there is no such file.
+    ``file`` inside the folder of data, whose rows need the ``columns``, those of ``texts`` as text; the page ``home``
+    of its authors, and the ``form`` in which the file is read; the set on the ``hub`` that stands in where there is no such file.
     """
 
     title: str
@@ -64,8 +64,8 @@ class Source:
         """The rows and their provenance: the file and its SHA-256, or the hub's name, split and commit.
 
         The file is read where it is there, else the hub is asked. Raises :class:`MissingSet` where neither has the set (and says
-        where to get it, under which name and revision), :class:`UsageError` for an empty set, for rows without the columns needed,
-        and for something else in them where text is needed.
+        where to get it, under which name and revision), :class:`UsageError` for an empty set, for rows without the columns
+        needed, and for something else in them where text is needed.
         """
         path = None if folder is None else folder / self.file
         if path is not None and path.exists():

@@ -88,7 +88,7 @@ def table(summary: Mapping[str, Any]) -> str:
     rows = [head]
     for name, suite in summary["suites"].items():
         answers, seen = suite.get("answers"), suite.get("contaminated")
-        notes = [suite["prompts_sha256"][:8], str(answers["unfinished"]) if answers else "", str(answers["off_template"]) if answers else "",
+        notes = [suite["prompts_sha256"][:8], *(str(answers[what]) if answers else "" for what in ("unfinished", "off_template")),
                  str(seen["n"]) if seen else ""]
         for i, (metric, score) in enumerate(suite["scores"].items()):
             error = "" if score["stderr"] is None else f"{score['stderr']:.4f}"

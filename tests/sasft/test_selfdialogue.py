@@ -115,7 +115,7 @@ def test_no_rows_is_no_request(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("backend", ["padded", "refilled"])
 def test_a_finished_file_is_in_the_order_of_candidates_and_not_of_lengths(tmp_path: Path, backend: str) -> None:
-    """Rows end the shorter the sooner: the last ones of a file, which a mix holds out, must not be those of the longest answers."""
+    """Short answers end first: the last rows of a file, which a mix holds out, must not be those of the longest answers."""
     rows = make(tmp_path / "self.jsonl", n=30, backend=backend)
     assert read_rows(tmp_path / "self.jsonl") == rows == sorted(rows, key=lambda row: row.id)
     lengths = [len(row.response_ids) for row in rows]
