@@ -7,8 +7,9 @@ their norms and their coherence, each with a standard error over rows.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from drift.uses import gram as gram_of
 
 Gram = NDArray[np.float64]
 Rows = Sequence[int]
+Numbers = float | NDArray[np.float64]
 
 
 # --- estimators on a Gram matrix ------------------------------------------------------------------------------
@@ -66,10 +68,7 @@ def cosine(gram: Gram, a: Rows, b: Rows) -> float:
     >>> cosine(np.array([[2.0, 1.0, 1.0], [1.0, 2.0, 1.0], [1.0, 1.0, 9.0]]), [0, 1], [0, 1])
     1.0
     """
-    norms = mean_inner(gram, a, a) * mean_inner(gram, b, b)
-    if not (mean_inner(gram, a, a) > 0 and mean_inner(gram, b, b) > 0):
-        return math.nan
-    return mean_inner(gram, a, b) / math.sqrt(norms)
+    return float(_cosine(mean_inner(gram, a, b), mean_inner(gram, a, a), mean_inner(gram, b, b)))
 
 
 def raw_cosine(gram: Gram, a: Rows, b: Rows) -> float:
@@ -80,14 +79,21 @@ def raw_cosine(gram: Gram, a: Rows, b: Rows) -> float:
     >>> round(raw_cosine(np.array([[1.0, 0.5], [0.5, 4.0]]), [0], [1]), 6)
     0.25
     """
-    ab, aa, bb = (gram[np.ix_(x, y)].mean() for x, y in ((a, b), (a, a), (b, b)))
-    return float(ab / math.sqrt(aa * bb)) if aa > 0 and bb > 0 else math.nan
+    return float(_cosine(*(gram[np.ix_(x, y)].mean() for x, y in ((a, b), (a, a), (b, b)))))
+
+
+def _cosine(ab: Numbers, aa: Numbers, bb: Numbers) -> Numbers:
+    """nan where a squared norm is not positive."""
+    return ab / np.sqrt(np.where(np.minimum(aa, bb) > 0, aa * bb, math.nan))
 
 
 def coherence(gram: Gram, rows: Rows) -> float:
     r"""How much the rows' gradients agree: :math:`\lVert\mathbb E g\rVert^2/\mathbb E\lVert g\rVert^2`, 1 if all are equal, 0 if they cancel.
 
-    Numerator (U-statistic) and denominator are unbiased; their ratio is consistent.
+    Numerator (U-statistic) and denominator are unbiased; their ratio is consistent. Where a few rare rows hold much of
+    :math:`\mathbb E\lVert g\rVert^2`, few rows mostly hold none of them: the estimate is then too high, and no interval made from those rows knows it. In the
+    exact lab, where one row in 120 holds an eighth, Student's interval with the jackknife's error covers 71 % on 32 rows, 89 % on 256, 94 % on 1,024
+    (those of the ratio's logarithm or logit, and Fieller's, do no better), while those of :func:`mean_inner` and :func:`cosine` cover on 32.
 
     >>> coherence(np.array([[2.0, 1.0], [1.0, 2.0]]), [0, 1])
     0.5
@@ -100,21 +106,73 @@ def jackknife(statistic: Callable[[list[list[int]]], float], groups: Sequence[Ro
     r"""Standard error of a statistic of independent groups of rows, leaving out one row at a time.
 
     ``statistic`` takes the groups' row lists. :math:`\mathrm{se}^2=\sum_g\frac{n_g-1}{n_g}\sum_{i\in g}(\theta_{(-i)}-\bar\theta_g)^2`. Exact for means;
-    first-order right for smooth functions of means such as cosines. nan with fewer than three rows in a group.
+    first-order right for smooth functions of means such as cosines. nan with fewer than three rows in a group. One evaluation a row: of the
+    statistics above, :func:`mean_inner_error` and its like find the same from sums over the Gram matrix's rows.
 
     >>> x = np.array([1.0, 2.0, 6.0])
     >>> round(jackknife(lambda g: float(x[g[0]].mean()), [[0, 1, 2]]), 6), round(float(x.std(ddof=1)) / 3**0.5, 6)
     (1.527525, 1.527525)
     """
-    variance = 0.0
-    for g, rows in enumerate(groups):
-        n = len(rows)
-        if n < 3:
-            return math.nan
-        left_out = np.array([statistic([[r for r in other if not (h == g and r == row)] for h, other in enumerate(groups)])
-                             for row in rows])
-        variance += (n - 1) / n * float(((left_out - left_out.mean()) ** 2).sum())
-    return math.sqrt(variance)
+    return _spread(groups, lambda g: np.array([statistic([[r for r in other if not (h == g and r == row)] for h, other in enumerate(groups)])
+                                               for row in groups[g]]))
+
+
+def _spread(groups: Sequence[Rows], left_out: Callable[[int], Gram]) -> float:
+    """The jackknife's error; ``left_out`` gives the statistic with each row of a group left out in turn."""
+    if any(len(rows) < 3 for rows in groups):
+        return math.nan
+    found = [left_out(g) for g in range(len(groups))]
+    return math.sqrt(sum((len(x) - 1) / len(x) * float(((x - x.mean()) ** 2).sum()) for x in found))
+
+
+def mean_inner_error(gram: Gram, a: Rows, b: Rows) -> float:
+    r""":func:`jackknife` of :func:`mean_inner`, O(\|a\|\|b\|): without row i a sum of products is less by those of row i.
+
+    >>> gram = np.diag([1.0, 2.0, 3.0, 4.0]) + 0.5
+    >>> round(mean_inner_error(gram, [0, 1], [2, 3]), 6), mean_inner_error(gram, [0, 1, 2], [0, 1, 2])
+    (nan, 0.0)
+    """
+    if list(a) == list(b):
+        return _spread([a], lambda g: _without(gram, a, a))
+    return _spread([a, b], lambda g: _without(gram, b, a) if g else _without(gram, a, b))
+
+
+def cosine_error(gram: Gram, a: Rows, b: Rows) -> float:
+    """:func:`jackknife` of :func:`cosine` between two sources."""
+    return _spread([a, b], lambda g: _cosine_without(gram, *((b, a) if g else (a, b)), corrected=True))
+
+
+def raw_cosine_error(gram: Gram, a: Rows, b: Rows) -> float:
+    """:func:`jackknife` of :func:`raw_cosine` between two sources."""
+    return _spread([a, b], lambda g: _cosine_without(gram, *((b, a) if g else (a, b)), corrected=False))
+
+
+def coherence_error(gram: Gram, rows: Rows) -> float:
+    """:func:`jackknife` of :func:`coherence`."""
+    def left_out(_: int) -> Gram:
+        own = np.diag(gram)[list(rows)]
+        power = (own.sum() - own) / (len(own) - 1)
+        return _without(gram, rows, rows) / np.where(power > 0, power, math.nan)
+
+    return _spread([rows], left_out)
+
+
+def _without(gram: Gram, a: Rows, b: Rows, *, corrected: bool = True) -> Gram:
+    """Mean products [|a|] with each row of ``a`` left out in turn; of the same rows twice, ``corrected`` for their products with themselves."""
+    block = gram[np.ix_(a, b)]
+    n, m = block.shape
+    if list(a) != list(b):
+        return (block.sum() - block.sum(1)) / ((n - 1) * m)
+    own = np.diag(block)
+    if corrected:
+        others = block.sum(1) - own
+        return (others.sum() - 2 * others) / ((n - 1) * (n - 2))
+    return (block.sum() - 2 * block.sum(1) + own) / (n - 1) ** 2
+
+
+def _cosine_without(gram: Gram, a: Rows, b: Rows, *, corrected: bool) -> Gram:
+    norm_b = mean_inner(gram, b, b) if corrected else float(gram[np.ix_(b, b)].mean())
+    return _cosine(_without(gram, a, b), _without(gram, a, a, corrected=corrected), norm_b)
 
 
 # --- Gram matrices of a model's gradients -----------------------------------------------------------------------
@@ -276,20 +334,20 @@ class AlignmentProbe:
         for layer, matrix in [("model", found.total()), *found.by_layer().items()]:
             if layer is None:  # embeddings, final norm and head are no block; they are part of the whole
                 continue
-            for metric, source, groups, statistic in self._statistics(matrix):
-                rows.append(Row(step=step, metric=metric, layer=None if layer == "model" else layer, source=source,
-                                value=statistic([list(g) for g in groups]), stderr=jackknife(statistic, groups),
+            for metric, names, statistic, error in self._statistics():
+                groups = [self.rows_of[name] for name in names]
+                rows.append(Row(step=step, metric=metric, layer=None if layer == "model" else layer, source="|".join(names),
+                                value=statistic(matrix, *groups), stderr=error(matrix, *groups),
                                 n_tokens=int(tokens[[r for g in groups for r in g]].sum())))
         return rows
 
-    def _statistics(self, gram: Gram):
+    def _statistics(self) -> Iterator[tuple[str, tuple[str, ...], Callable[..., float], Callable[..., float]]]:
+        """Each metric with the sources it is of, the function of the Gram matrix and their rows, and that of its error."""
         names = list(self.rows_of)
         for name in names:
-            groups = [self.rows_of[name]]
-            yield "grad/norm2", name, groups, lambda g: mean_inner(gram, g[0], g[0])
-            yield "grad/coherence", name, groups, lambda g: coherence(gram, g[0])
-        for k, a in enumerate(names):
-            for b in names[k + 1 :]:
-                groups = [self.rows_of[a], self.rows_of[b]]
-                for metric, function in (("inner", mean_inner), ("cos", cosine), ("raw_cos", raw_cosine)):
-                    yield f"align/{metric}", f"{a}|{b}", groups, lambda g, f=function: f(gram, g[0], g[1])
+            yield "grad/norm2", (name,), lambda gram, rows: mean_inner(gram, rows, rows), lambda gram, rows: mean_inner_error(gram, rows, rows)
+            yield "grad/coherence", (name,), coherence, coherence_error
+        for pair in combinations(names, 2):
+            yield "align/inner", pair, mean_inner, mean_inner_error
+            yield "align/cos", pair, cosine, cosine_error
+            yield "align/raw_cos", pair, raw_cosine, raw_cosine_error

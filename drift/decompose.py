@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from drift.alignment import coherence, jackknife, mean_inner
+from drift.alignment import coherence, mean_inner, mean_inner_error
 
 Vectors = NDArray[np.float64]
 
@@ -82,38 +82,35 @@ def decompose(own_old: Vectors, foreign_old: Vectors, own_new: Vectors, foreign_
     ss, sc, cc = gram[:n, :n], gram[:n, n:], gram[n:, n:]
     st, tt = ss + (sc + sc.T) / 2, ss + cc + sc + sc.T
 
-    def share(kept: NDArray[np.int64]) -> float:
-        return _ratio(_off_diagonal_sum(st, kept), _off_diagonal_sum(tt, kept))
-
-    def cos_of(kept: list[int]) -> float:
-        norms = mean_inner(ss, kept, kept), mean_inner(cc, kept, kept)
-        crossed = (sc[np.ix_(kept, kept)].sum() - np.trace(sc[np.ix_(kept, kept)])) / (len(kept) * (len(kept) - 1))
-        return float(crossed / math.sqrt(norms[0] * norms[1])) if min(norms) > 0 else math.nan
-
-    return Decomposition(_effect(ss), _effect(cc), _effect(interaction @ interaction.T), _effect(tt), cos_of(list(range(n))),
-                         _bootstrap(share, n, resamples, seed))
+    style2, content2 = _effect(ss), _effect(cc)
+    crossed = (sc.sum() - np.trace(sc)) / (n * (n - 1))
+    cos = float(crossed / math.sqrt(style2.norm2 * content2.norm2)) if min(style2.norm2, content2.norm2) > 0 else math.nan
+    share = _bootstrap(lambda drawn: _ratio(_off_diagonal_sums(st, drawn), _off_diagonal_sums(tt, drawn)), n, resamples, seed)
+    return Decomposition(style2, content2, _effect(interaction @ interaction.T), _effect(tt), cos, share)
 
 
 def _effect(gram: Vectors) -> Effect:
-    rows = list(range(len(gram)))
-    return Effect(mean_inner(gram, rows, rows), jackknife(lambda g: mean_inner(gram, g[0], g[0]), [rows]), coherence(gram, rows))
+    rows = range(len(gram))
+    return Effect(mean_inner(gram, rows, rows), mean_inner_error(gram, rows, rows), coherence(gram, rows))
 
 
-def _off_diagonal_sum(gram: Vectors, kept: NDArray[np.int64]) -> float:
-    """Sum over pairs of *different* prompts: a prompt drawn twice is no pair with itself."""
-    counts = np.bincount(kept, minlength=len(gram)).astype(float)
-    return float(counts @ gram @ counts - (counts**2 * np.diag(gram)).sum())
+def _off_diagonal_sums(gram: Vectors, drawn: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Sums [B] over pairs of *different* prompts of each draw [B, n]: a prompt drawn twice is no pair with itself."""
+    counts = np.stack([np.bincount(kept, minlength=len(gram)) for kept in drawn]).astype(float)
+    return ((counts @ gram) * counts).sum(1) - counts**2 @ np.diag(gram)
 
 
-def _ratio(above: float, below: float) -> float:
-    return above / below if below != 0 else math.nan
+def _ratio(above: NDArray[np.float64], below: NDArray[np.float64]) -> NDArray[np.float64]:
+    return above / np.where(below != 0, below, math.nan)
 
 
-def _bootstrap(statistic: Callable[[NDArray[np.int64]], float], n: int, resamples: int, seed: int) -> Interval:
-    rng = np.random.default_rng(seed)
-    draws = [statistic(rng.integers(0, n, n)) for _ in range(resamples)]
-    low, high = np.nanpercentile(draws, [2.5, 97.5]) if resamples else (math.nan, math.nan)
-    return Interval(statistic(np.arange(n)), float(low), float(high))
+def _bootstrap(statistic: Callable[[NDArray[np.int64]], NDArray[np.float64]], n: int, resamples: int, seed: int) -> Interval:
+    """``statistic`` maps draws of prompts [B, n] to numbers [B]."""
+    value = float(statistic(np.arange(n)[None])[0])
+    if not resamples:
+        return Interval(value, math.nan, math.nan)
+    low, high = np.nanpercentile(statistic(np.random.default_rng(seed).integers(0, n, (resamples, n))), [2.5, 97.5])
+    return Interval(value, float(low), float(high))
 
 
 # --- subspaces --------------------------------------------------------------------------------------------------
@@ -232,7 +229,7 @@ def explained_share(change: Vectors, vectors: Vectors, k: int = 4, *, resamples:
         return float(((basis.T @ change) ** 2).sum() / size)
 
     basis = leading_subspace(vectors, k)[0]
-    share = _bootstrap(lambda kept: inside(_leading(vectors[kept], k)[0]), len(vectors), resamples, seed)
+    share = _bootstrap(lambda drawn: np.array([inside(_leading(vectors[kept], k)[0]) for kept in drawn]), len(vectors), resamples, seed)
     rng = np.random.default_rng(seed + 1)
     null = np.array([inside(_shuffled(basis, rng, blocks)) for _ in range(permutations)])
     return ExplainedShare(share, float(null.mean()), (1 + int((null >= share.value - 1e-12).sum())) / (1 + permutations))

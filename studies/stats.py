@@ -87,14 +87,9 @@ def over_seeds_and_items(statistic: Callable[[Mapping[str, float]], float], arms
 
 def _variance(statistic: Callable[[NDArray[np.intp]], float], n: int, draws: int, rng: np.random.Generator) -> float:
     """Bootstrap variance of a statistic of ``n`` members, whose order must not matter, times n / (n - 1)."""
-    known: dict[bytes, float] = {}
-    values = []
-    for _ in range(draws):  # few members have few different draws: ten of three
-        drawn = np.sort(rng.integers(n, size=n))
-        if (key := drawn.tobytes()) not in known:
-            known[key] = statistic(drawn)
-        values.append(known[key])
-    return float(np.var(values) * n / (n - 1))
+    drawn = np.sort(rng.integers(n, size=(draws, n)), axis=1)
+    different, which = np.unique(drawn, axis=0, return_inverse=True)  # few members have few different draws: ten of three
+    return float(np.var(np.array([statistic(some) for some in different])[which.ravel()]) * n / (n - 1))
 
 
 def over_seeds(statistic: Callable[[NDArray[np.intp]], float], n: int, *, draws: int = 1000, level: float = LEVEL, seed: int = 0) -> Effect:

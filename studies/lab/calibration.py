@@ -22,6 +22,7 @@ from drift.divergence import RowDivergences
 from drift.forward import logits_of, summed_nll
 from studies.lab import exact
 from studies.lab.courses import Rows
+from studies.lab.drawing import draw
 from studies.lab.exact import Expected
 from studies.lab.experiment import ALL, OTHERS, Bases, rows_of_cell, tables
 from studies.lab.place import Case, Found, Place, Pool, bare, seconds, within
@@ -35,43 +36,52 @@ from studies.stats import over_seeds
 
 def gradients(place: Place, repeats: int, n: int = 32) -> Iterator[Case]:
     """Expected gradients, their products, cosines and coherence, from Gram matrices of rows."""
-    pool = Pool(place, ("self", "external", "foreign"), repeats, n, 1)
+    case = _of_rows(place, Pool(place, ("self", "external", "foreign"), repeats, n, 1), n)
+    own, a, b = (place.expected(s).numpy() for s in ("self", "external", "foreign"))
+    cos = float(a @ b / np.sqrt(a @ a * (b @ b)))
+    yield case("‖E g‖², external data", "alignment.mean_inner", ["external"], a @ a, _norm2, lambda g, r: alignment.mean_inner_error(g, r, r))
+    yield case("‖E g‖², self-data (exact: 0)", "alignment.mean_inner", ["self"], own @ own, _norm2, lambda g, r: alignment.mean_inner_error(g, r, r))
+    yield case("‖E g‖², external data", "uncorrected: ‖mean g‖²", ["external"], a @ a, lambda g, r: float(g[np.ix_(r, r)].mean()))
+    yield case("⟨E g, E g'⟩", "alignment.mean_inner", ["external", "foreign"], a @ b, alignment.mean_inner, alignment.mean_inner_error)
+    yield case("cos(E g, E g')", "alignment.cosine", ["external", "foreign"], cos, alignment.cosine, alignment.cosine_error)
+    yield case("cos(E g, E g')", "uncorrected: raw_cosine", ["external", "foreign"], cos, alignment.raw_cosine)
+    yield _coherence(place, case)
+
+
+def _norm2(gram: NDArray[np.float64], rows: Sequence[int]) -> float:
+    return alignment.mean_inner(gram, rows, rows)
+
+
+def _of_rows(place: Place, pool: Pool, n: int, *, timed: bool = True) -> Callable[..., Case]:
+    """Makes cases of statistics (with their errors, if they have any) of the Gram matrix of ``n`` rows of each of one or two sources."""
     gram = alignment.gradient_gram(place.base, place.batch(pool.unique)).total()
-    mean = {s: place.expected(s).numpy() for s in pool.drawn}
-    power = _expected_power(place, "external")
-    one, two = [list(range(n))], [list(range(n)), list(range(n, 2 * n))]
 
-    def of(sources: Sequence[str], k: int) -> NDArray[np.float64]:
-        chosen = np.concatenate([pool.places[s][k] for s in sources])
-        return gram[np.ix_(chosen, chosen)]
-
-    def case(quantity: str, estimator: str, sources: Sequence[str], truth: float, statistic: Callable, *, interval: bool = True) -> Case:
-        groups = one if len(sources) == 1 else two
+    def case(quantity: str, estimator: str, sources: Sequence[str], truth: float, statistic: Callable[..., float],
+             error: Callable[..., float] | None = None) -> Case:
+        groups = [range(k * n, (k + 1) * n) for k in range(len(sources))]
 
         def estimate(k: int) -> Found:
-            found = of(sources, k)
-            value = statistic(found, groups)
-            return within(value, alignment.jackknife(lambda g: statistic(found, g), groups), n) if interval else bare(value)
+            chosen = np.concatenate([pool.places[s][k] for s in sources])
+            found = gram[np.ix_(chosen, chosen)]
+            return bare(statistic(found, *groups)) if error is None else within(statistic(found, *groups), error(found, *groups), n)
 
         batch = place.batch(torch.cat([pool.drawn[s][0] for s in sources]))
-        cost = place.cost(batch, lambda: statistic(alignment.gradient_gram(place.base, batch).total(), groups))
-        return Case(quantity, estimator, n, truth, estimate, **cost)
+        cost = place.cost(batch, lambda: statistic(alignment.gradient_gram(place.base, batch).total(), *groups)) if timed else {}
+        return Case(quantity, estimator, n, float(truth), estimate, **cost)
 
-    def norm2(g: NDArray, groups: Sequence) -> float:
-        return alignment.mean_inner(g, groups[0], groups[0])
+    return case
 
-    def raw_norm2(g: NDArray, groups: Sequence) -> float:
-        return float(g[np.ix_(groups[0], groups[0])].mean())
 
-    a, b = mean["external"], mean["foreign"]
-    cos = float(a @ b / np.sqrt(a @ a * (b @ b)))
-    yield case("‖E g‖², external data", "alignment.mean_inner", ["external"], a @ a, norm2)
-    yield case("‖E g‖², self-data (exact: 0)", "alignment.mean_inner", ["self"], float(mean["self"] @ mean["self"]), norm2)
-    yield case("‖E g‖², external data", "uncorrected: ‖mean g‖²", ["external"], a @ a, raw_norm2, interval=False)
-    yield case("⟨E g, E g'⟩", "alignment.mean_inner", ["external", "foreign"], a @ b, lambda g, r: alignment.mean_inner(g, *r))
-    yield case("cos(E g, E g')", "alignment.cosine", ["external", "foreign"], cos, lambda g, r: alignment.cosine(g, *r))
-    yield case("cos(E g, E g')", "uncorrected: raw_cosine", ["external", "foreign"], cos, lambda g, r: alignment.raw_cosine(g, *r), interval=False)
-    yield case("coherence, external data", "alignment.coherence", ["external"], a @ a / power, lambda g, r: alignment.coherence(g, r[0]))
+def _coherence(place: Place, case: Callable[..., Case]) -> Case:
+    mean = place.expected("external")
+    truth = mean @ mean / _expected_power(place, "external")
+    return case("coherence, external data", "alignment.coherence", ["external"], truth, alignment.coherence, alignment.coherence_error)
+
+
+def many_rows(place: Place, repeats: int) -> Iterator[Case]:
+    """Estimators whose intervals cover too seldom above, where rare rows have large gradients, on as many rows as it takes."""
+    yield _coherence(place, _of_rows(place, Pool(place, ("external",), repeats, 1024, 8), 1024, timed=False))
+    yield from decompositions(place, repeats, 768, timed=False)
 
 
 def _expected_power(place: Place, source: str) -> float:
@@ -224,7 +234,7 @@ def _log_p(place: Place) -> Tensor:
 # --- style and content ------------------------------------------------------------------------------------------------------
 
 
-def decompositions(place: Place, repeats: int, n: int = 48) -> Iterator[Case]:
+def decompositions(place: Place, repeats: int, n: int = 48, *, timed: bool = True) -> Iterator[Case]:
     """Parts of the gradient that style and content make up, from rows of the four cells at the same prompts."""
     kinds = [("own", "old"), ("foreign", "old"), ("own", "new"), ("foreign", "new")]
     rows = [rows_of_cell(place.bases, place.seed, *kind, ALL) for kind in kinds]
@@ -232,20 +242,17 @@ def decompositions(place: Place, repeats: int, n: int = 48) -> Iterator[Case]:
     prompts = rows[0].sum(1)
     generator = torch.Generator().manual_seed(6)
     x = torch.multinomial(prompts, repeats * n, replacement=True, generator=generator)
-    numbers = torch.stack([x * N_RESPONSES + torch.multinomial(r[x], 1, generator=generator).squeeze(1) for r in rows])
+    numbers = torch.stack([_answers(r, x, generator) for r in rows])
     unique, places = numbers.unique(return_inverse=True)
-    vectors = drift.Sketch(64, 64).gradients(place.base, place.batch(unique)).values  # sides of up to 64 are left as they are: whole gradients
+    whole = drift.Sketch(64, 64).gradients(place.base, place.batch(unique)).values  # sides of up to 64 are left as they are: whole gradients
+    vectors = whole @ np.linalg.qr(whole.T)[0]  # the same in a basis of their span: inner products are all that is asked for
     drawn = places.view(4, repeats, n).numpy()
-
-    def cells(k: int) -> list[NDArray[np.float64]]:
-        return [vectors[drawn[c, k]] for c in range(4)]
-
-    found = [decompose(*cells(k), resamples=200, seed=k) for k in range(repeats)]
+    found = [decompose(*(vectors[of_cell[k]] for of_cell in drawn), resamples=200, seed=k) for k in range(repeats)]
     oo, fo, on, fn = expected
     weight = prompts[:, None]
     style, content = (weight * ((fo - oo) + (fn - on)) / 2).sum(0), (weight * ((on - oo) + (fn - fo)) / 2).sum(0)
     total = style + content
-    spent = seconds(lambda: decompose(*cells(0), resamples=200))
+    spent = seconds(lambda: decompose(*(whole[of_cell[0]] for of_cell in drawn), resamples=200)) if timed else math.nan
     for quantity, name, truth, read in (
             ("‖E style effect‖²", "decompose, style.norm2", style @ style, lambda d: within(d.style.norm2, d.style.stderr, n)),
             ("‖E content effect‖²", "decompose, content.norm2", content @ content, lambda d: within(d.content.norm2, d.content.stderr, n)),
@@ -253,6 +260,15 @@ def decompositions(place: Place, repeats: int, n: int = 48) -> Iterator[Case]:
             ("style's share of the gradient", "decompose, style_share", style @ total / (total @ total),
              lambda d: (d.style_share.value, d.style_share.low, d.style_share.high))):
         yield Case(quantity, name, n, float(truth), lambda k, read=read: read(found[k]), seconds=spent)
+
+
+def _answers(rows: Tensor, prompts: Tensor, generator: torch.Generator) -> Tensor:
+    """Numbers x · R + r [n] of rows drawn from ``rows`` [X, R] given their prompts [n]."""
+    found = torch.empty_like(prompts)
+    for x in prompts.unique().tolist():
+        at = (prompts == x).nonzero().squeeze(1)
+        found[at] = x * N_RESPONSES + draw(rows[x], len(at), generator)
+    return found
 
 
 def sketches(place: Place, repeats: int) -> Iterator[Case]:
@@ -273,7 +289,7 @@ def sketches(place: Place, repeats: int) -> Iterator[Case]:
 def seed_intervals(place: Place, repeats: int) -> Iterator[Case]:
     """The studies' own interval of a mean over few seeds, where seeds are normal and where they are skewed."""
     rng = np.random.default_rng(7)
-    for n in (3, 10, 12):
+    for n in (3, 10, 12, 100):
         for kind, values in (("normal", rng.normal(size=(repeats, n))), ("skewed", rng.exponential(size=(repeats, n)))):
             def estimate(k: int, values=values, n=n) -> Found:
                 found = over_seeds(lambda s: values[k][s].mean(), n, draws=200, seed=k)
@@ -285,8 +301,8 @@ def seed_intervals(place: Place, repeats: int) -> Iterator[Case]:
 
 GROUPS: dict[str, Callable[[Place, int], Iterator[Case]]] = {
     "gradients": gradients, "source split": source_split, "fishers": fishers, "push": push, "divergences": divergences,
-    "decompositions": decompositions, "sketches": sketches, "seed intervals": seed_intervals}
-SLOW = ("source split", "fishers", "push")  # a pass of the model or more for every repeat
+    "decompositions": decompositions, "many rows": many_rows, "sketches": sketches, "seed intervals": seed_intervals}
+SLOW = ("source split", "fishers", "push", "many rows")  # a pass of the model or more for every repeat, or a large matrix
 
 
 def calibrate(bases: Bases, group: str, repeats: int) -> Rows:

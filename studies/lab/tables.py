@@ -24,14 +24,15 @@ def make(setup: Setup, folder: Path, workers: int, *, quick: bool, repeats: Mapp
     home = folder / _key(asdict(setup), _code("tree", "world", "model", "walk", "exact", "descent", "experiment", "start", "courses", "sweeps"))
     ensure_writable(home)
     conditions, seeds = list(sweeps.sweeps(setup, quick=quick)), range(setup.seeds)
-    drawn = _code("place", "calibration", "drawing", "sampled")
-    kinds: dict[str, list[Unit]] = {  # training first: what needs its weights comes late; the shortest last, so that no worker waits long for the other
+    # Training first, since the parts of a seed read its weights; what takes a few seconds last, so that no worker waits long for another.
+    kinds: dict[str, list[Unit]] = {
         "weights": [Unit(_weights_of(i), _trained, (home, setup, i)) for i in range(len(main_arms()))],
         "sweeps": [Unit(f"sweep-{_key(asdict(c.setup), c.name, c.value)}.json", _sweep, (home, setup, quick, i)) for i, c in enumerate(conditions)],
-        "calibration": [Unit(f"calibration-{group}-{n}-{drawn}.json", _calibration, (home, setup, group, n)) for group, n in repeats.items()],
+        "sampled": [Unit(f"sampled{s}-{_code('drawing', 'sampled')}.json", _sampled, (home, setup, s)) for s in seeds],
         "of a seed": [Unit(f"seed{s}.json", _seed, (home, setup, s)) for s in seeds],
-        "sampled": [Unit(f"sampled{s}-{drawn}.json", _sampled, (home, setup, s)) for s in seeds],
         "arms": [Unit("arms.json", _arms, (home, setup))],
+        "calibration": [Unit(f"calibration-{group}-{n}-{_code('drawing', 'place', 'calibration')}.json", _calibration, (home, setup, group, n))
+                        for group, n in repeats.items()],
         "forces": [Unit("forces.json", _forces, (home, setup))]}
     results = iter(work([unit for units in kinds.values() for unit in units], home, workers, "lab"))
     found = {kind: [next(results) for _ in units] for kind, units in kinds.items()}

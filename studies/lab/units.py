@@ -16,6 +16,8 @@ import torch
 
 from sasft.files import write_json
 
+START = "fork" if sys.platform == "linux" else "spawn"  # a forked worker need not import torch again, which takes seconds; elsewhere forks are not safe
+
 
 @dataclass(frozen=True)
 class Unit:
@@ -50,7 +52,7 @@ def work(units: Sequence[Unit], folder: Path, workers: int, what: str) -> list[A
     todo = [unit for unit in units if not (folder / unit.name).exists()]
     began = time.monotonic()
     if todo:
-        pool = ProcessPoolExecutor(min(workers, len(todo)), mp_context=get_context("spawn"), initializer=_worker)
+        pool = ProcessPoolExecutor(min(workers, len(todo)), mp_context=get_context(START), initializer=_worker)
         try:
             running = {pool.submit(_do, unit, folder): unit for unit in todo}
             while running:

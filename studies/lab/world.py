@@ -5,6 +5,7 @@ Rows are joint weights [X, R] over prompts and responses that sum to 1.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import permutations
 
 import numpy as np
@@ -124,10 +125,17 @@ def foreign_new(prompts: Tensor, truth: Tensor, style: Style) -> Tensor:
 
 def shuffled(rows: Tensor) -> Tensor:
     """Every response with the tokens before its end in all orders alike: the control that keeps tokens and loses language."""
-    out = torch.zeros_like(rows)
+    source, target, share = _orders()
+    return torch.zeros_like(rows).index_add(1, target, rows[:, source] * share)
+
+
+@cache
+def _orders() -> tuple[Tensor, Tensor, Tensor]:
+    """Every response with each of its orders (numbers of responses), and the order's share."""
+    found = []
     for i, response in enumerate(RESPONSES):
-        orders = list(permutations(response[:-1] if response[-1] == END else response))
         end = (END,) if response[-1] == END else ()
-        for order in orders:
-            out[:, RESPONSE_OF[(*order, *end)]] += rows[:, i] / len(orders)
-    return out
+        orders = list(permutations(response[: len(response) - len(end)]))
+        found += [(i, RESPONSE_OF[(*order, *end)], 1 / len(orders)) for order in orders]
+    source, target, share = zip(*found, strict=True)
+    return torch.tensor(source), torch.tensor(target), torch.tensor(share, dtype=torch.float64)

@@ -12,12 +12,16 @@ import drift
 from drift.alignment import (
     AlignmentProbe,
     coherence,
+    coherence_error,
     cosine,
+    cosine_error,
     gradient_gram,
     jackknife,
     join_batches,
     mean_inner,
+    mean_inner_error,
     raw_cosine,
+    raw_cosine_error,
 )
 from drift.forward import logits_of
 from drift.names import parameters
@@ -216,6 +220,21 @@ def test_jackknife_error_is_the_spread_of_the_estimate() -> None:
     assert np.sqrt(np.mean(np.square(errors))) == pytest.approx(np.std(values), rel=0.15)
 
 
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("n, m", [(2, 4), (3, 3), (4, 2), (5, 9)])
+def test_errors_from_row_sums_are_those_of_leaving_rows_out_one_by_one(n: int, m: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    g, order = rng.normal(size=(n + m, 4)) + [0.7, 0, 0, 0], rng.permutation(n + m).tolist()
+    k, a, b = g @ g.T, order[:n], order[n:]
+    for found, statistic, groups in (
+            (mean_inner_error(k, a, b), lambda r: mean_inner(k, *r), [a, b]), (mean_inner_error(k, a, a), lambda r: mean_inner(k, r[0], r[0]), [a]),
+            (cosine_error(k, a, b), lambda r: cosine(k, *r), [a, b]), (raw_cosine_error(k, a, b), lambda r: raw_cosine(k, *r), [a, b]),
+            (coherence_error(k, b), lambda r: coherence(k, r[0]), [b])):
+        assert found == pytest.approx(jackknife(statistic, groups), rel=1e-11, nan_ok=True)
+        assert found > 0 or math.isnan(found)
+        assert min(map(len, groups)) >= 3 or math.isnan(found)
+
+
 def test_coherence_of_equal_and_of_opposite_gradients() -> None:
     same, opposite = np.ones((3, 3)), np.array([[1.0, -1.0], [-1.0, 1.0]])
     assert coherence(same, [0, 1, 2]) == 1.0
@@ -277,7 +296,13 @@ def test_the_probe_reports_every_pair_and_source_for_every_block() -> None:
     expected = sum(brute(model.double(), probe.batch, logits_of).values())
     whole = next(r for r in rows if r.layer is None and r.metric == "align/inner")
     assert whole.value == pytest.approx(mean_inner(expected, range(5), range(5, 10)), rel=1e-4)
-    assert whole.n_tokens == 2 * 21 and whole.stderr > 0
+    assert whole.n_tokens == 2 * 21
+    for metric, statistic in (("align/inner", mean_inner), ("align/cos", cosine), ("align/raw_cos", raw_cosine)):
+        row = next(r for r in rows if r.layer is None and r.metric == metric)
+        assert row.stderr == pytest.approx(jackknife(lambda r, f=statistic: f(expected, *r), [range(5), range(5, 10)]), rel=1e-3, nan_ok=True)
+    for metric, statistic in (("grad/norm2", lambda r: mean_inner(expected, r[0], r[0])), ("grad/coherence", lambda r: coherence(expected, r[0]))):
+        row = next(r for r in rows if r.layer is None and r.metric == metric and r.source == "self")
+        assert row.stderr == pytest.approx(jackknife(statistic, [range(5, 10)]), rel=1e-3)
 
 
 def test_the_probe_needs_two_sources() -> None:

@@ -119,6 +119,22 @@ def test_the_shares_interval_covers_the_truth() -> None:
     assert np.mean(covered) > 0.88
 
 
+def test_the_share_and_its_interval_are_those_of_sums_over_pairs() -> None:
+    oo, fo, on, fn = cells = population(9, np.random.default_rng(4), style=2.0, content=1.0)
+    style, total = ((fo - oo) + (fn - on)) / 2, fn - oo
+
+    def share(kept) -> float:
+        pairs = [(i, j) for i in kept for j in kept if i != j]  # a prompt drawn twice is no pair with itself
+        return sum(style[i] @ total[j] for i, j in pairs) / sum(total[i] @ total[j] for i, j in pairs)
+
+    rng = np.random.default_rng(7)
+    draws = [share(rng.integers(0, 9, 9)) for _ in range(40)]
+    found = decompose(*cells, resamples=40, seed=7).style_share
+    np.testing.assert_allclose([found.value, found.low, found.high], [share(range(9)), *np.percentile(draws, [2.5, 97.5])], rtol=1e-9)
+    none = decompose(*cells, resamples=0).style_share
+    assert none.value == found.value and math.isnan(none.low) and math.isnan(none.high)
+
+
 def test_cells_must_pair() -> None:
     x = np.zeros((5, 3))
     with pytest.raises(ValueError, match=r"one shape with n >= 4, got \[\(5, 3\), \(5, 3\), \(4, 3\), \(5, 3\)\]"):

@@ -4,9 +4,10 @@ import json
 
 import numpy as np
 import pytest
+from scipy.stats import t as student
 
 from studies.claims import Prediction
-from studies.stats import Effect, Scores, config_hash, factorial, judge, judge_range, over_seeds_and_items, verdict
+from studies.stats import Effect, Scores, config_hash, factorial, judge, judge_range, over_seeds, over_seeds_and_items, verdict
 
 
 def draw(rng: np.random.Generator, seeds: int, items: int, mean: float, seed_noise: np.ndarray, item_noise: np.ndarray) -> Scores:
@@ -46,6 +47,16 @@ def test_the_interval_of_a_mean_is_students_where_items_do_not_differ() -> None:
     rate = np.array([1.0, 2.0, 4.0])
     effect = over_seeds_and_items(lambda m: m["a"], {"a": Scores(np.repeat(rate[:, None], 5, 1), np.ones(5))}, draws=20_000)
     assert effect.high - effect.value == pytest.approx(4.3027 * rate.std(ddof=1) / 3**0.5, rel=0.03)
+
+
+@pytest.mark.parametrize("n", [2, 3, 12])
+def test_the_error_over_seeds_is_the_spread_of_every_draw(n: int) -> None:
+    x = np.random.default_rng(3).exponential(size=n)
+    rng = np.random.default_rng(5)
+    draws = [np.median(x[np.sort(rng.integers(n, size=n))]) for _ in range(60)]
+    effect = over_seeds(lambda seeds: np.median(x[seeds]), n, draws=60, seed=5)
+    assert effect.high - effect.value == pytest.approx(student.ppf(0.975, n - 1) * np.std(draws) * (n / (n - 1)) ** 0.5, rel=1e-12)
+    assert effect.value == np.median(x) and effect.value - effect.low == pytest.approx(effect.high - effect.value)
 
 
 def test_one_seed_has_no_interval() -> None:

@@ -11,14 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from studies.lab import units as module
 from studies.lab.units import Unit, kept, load, work
-
-
-@pytest.fixture(autouse=True)
-def forked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Workers that need not import torch again, which takes seconds."""
-    monkeypatch.setattr(module, "get_context", lambda method: get_context({"spawn": "fork"}[method]))
 
 
 def noted(folder: Path, name: str, value: object) -> object:
