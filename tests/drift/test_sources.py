@@ -413,7 +413,7 @@ def _steps(n: int, means: Tensor, *, rows: int = 8, folds: int = 2, seed: int = 
 
 def test_products_of_different_folds_carry_no_noise_and_raw_ones_do() -> None:
     means = torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.6, 0.8, 0.0, 0.0]])
-    steps = _steps(3000, means)
+    steps = _steps(1200, means)
     value, error = pooled(steps, ["a", "b"], cosine)
     assert value == pytest.approx(0.6, abs=3 * error) and error < 0.03
     norm, error = pooled(steps, ["a"], mean_inner)

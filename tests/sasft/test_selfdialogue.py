@@ -27,6 +27,13 @@ def lines(path: Path) -> list[str]:
     return sorted(path.read_text().splitlines())
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """20 dialogues that were written in one go."""
+    make(out := tmp_path_factory.mktemp("whole") / "self.jsonl")
+    return out
+
+
 def test_a_row_says_where_it_comes_from(tmp_path: Path) -> None:
     make(tmp_path / "self.jsonl", n=12)
     lines = [json.loads(line) for line in (tmp_path / "self.jsonl").read_text().splitlines()]
@@ -53,9 +60,8 @@ def test_log_probabilities_are_those_of_the_base_in_its_template(tmp_path: Path)
 
 
 @pytest.mark.parametrize("keep", [0, 1, 5, 8, 11, 19])
-def test_a_stopped_run_goes_on_without_changing_a_row(tmp_path: Path, keep: int) -> None:
-    whole, parts = tmp_path / "whole.jsonl", tmp_path / "parts.jsonl"
-    make(whole)
+def test_a_stopped_run_goes_on_without_changing_a_row(whole: Path, tmp_path: Path, keep: int) -> None:
+    parts = tmp_path / "parts.jsonl"
     lines = whole.read_text().splitlines(keepends=True)
     parts.write_text("".join(lines[:keep]) + lines[keep][: len(lines[keep]) // 2])  # torn in the middle of a write
     rows = make(parts)
@@ -63,14 +69,13 @@ def test_a_stopped_run_goes_on_without_changing_a_row(tmp_path: Path, keep: int)
     assert [r.id for r in rows] == [r.id for r in read_rows(whole)] or len({r.id for r in rows}) == 20
 
 
-def test_more_rows_go_on_where_fewer_ended(tmp_path: Path) -> None:
-    make(tmp_path / "a.jsonl", n=20)
+def test_more_rows_go_on_where_fewer_ended(whole: Path, tmp_path: Path) -> None:
     make(tmp_path / "b.jsonl", n=7)
     make(tmp_path / "b.jsonl", n=20)
-    assert sorted((tmp_path / "a.jsonl").read_text().splitlines()) == sorted((tmp_path / "b.jsonl").read_text().splitlines())
+    assert lines(whole) == lines(tmp_path / "b.jsonl")
 
 
-def test_ctrl_c_leaves_whole_batches_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_leaves_whole_batches_behind(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, calls = tmp_path / "self.jsonl", []
     original = Writer.sample
 
@@ -86,9 +91,8 @@ def test_ctrl_c_leaves_whole_batches_behind(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.undo()
     left = read_rows(out)
     make(out)
-    make(tmp_path / "whole.jsonl")
     assert 0 < len(left) < 20
-    assert sorted(out.read_text().splitlines()) == sorted((tmp_path / "whole.jsonl").read_text().splitlines())
+    assert lines(out) == lines(whole)
 
 
 def test_seeds_differ(tmp_path: Path) -> None:
