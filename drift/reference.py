@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from drift.adapters import Adapter, adapters, adapters_disabled, has_adapters
 from drift.names import canonical_name, parameters, tied
 
+_AT_ONCE = 2**20  # numbers that are widened and compared together
 _MOVED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initialisations that take the adapter's start out of the base weight
 
 
@@ -39,7 +40,7 @@ class Reference:
         self._tensors = dict(tensors or {})
         self._files = dict(files or {})
         self._opened: dict[Path, Any] = {}
-        self._held: dict[tuple[str, int | str], bool] = {}  # comparisons that were made once
+        self._held: dict[tuple[str, ...] | tuple[str, int, int], bool] = {}  # comparisons that were made once
         self.source = source
         self.partial = partial  # an adapter folder, which has few of the model's parameters
         self.moved_base = moved_base  # the initialisation of an adapter folder, where it changed the base weights
@@ -141,13 +142,23 @@ class Reference:
         return kept is not None and kept is not parameter and kept.data_ptr() == parameter.data_ptr() and parameter.numel() > 0
 
     def holds(self, name: str, tensor: Tensor) -> bool:
-        """Whether the tensor of this name has these values. Compared once: it is asked of weights that stay as they are."""
-        key = (name, tensor.data_ptr())
+        """Whether the tensor of this name has these values. Compared once, until the tensor is changed in place: it is asked of weights that stay as
+        they are."""
+        key = (name, tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
         if key not in self._held:
             mine = self.get(name)
             self._held[key] = mine.data_ptr() == tensor.data_ptr() or all(
-                torch.equal(a.to(b.device).double(), b.double()) for a, b in zip(mine.split(1024), tensor.split(1024), strict=True))
+                torch.equal(a.to(b.device).double(), b.double())
+                for a, b in zip(mine.reshape(-1).split(_AT_ONCE), tensor.reshape(-1).split(_AT_ONCE), strict=True))
         return self._held[key]
+
+    def left_by(self, name: str, parameter: nn.Parameter) -> bool:
+        """Whether a frozen parameter has other values than the tensor of this name: it was trained before, or its model comes from elsewhere.
+
+        False where there is nothing to compare: of names that are not here or of another shape, of quantised, sharded and empty parameters.
+        """
+        plain = parameter.is_floating_point() and not parameter.is_meta and not hasattr(parameter, "full_tensor")
+        return plain and name in self and self.get(name).shape == parameter.shape and not self.holds(name, parameter)
 
     def digest(self, names: Iterable[str]) -> str:
         """SHA-256 of the shapes and the first 64 numbers of the tensors of these names that are here, LoRA factors and quantised weights left out.

@@ -72,7 +72,7 @@ def parameter_drift(model: Side, base: Side, *, metrics: Collection[str] = ("l2"
     r"""Drift :math:`\delta_p=\theta_p-\theta_{0,p}` of every parameter *p* that can have moved, between any two states of a model.
 
     ``model``, ``base``: a live model, a :class:`~drift.reference.Reference`, a ``.safetensors`` file, a checkpoint folder (sharded or
-    not) or a PEFT adapter folder. Of a live model the trainable parameters are measured; of files, all. ``metrics``: names in
+    not) or a PEFT adapter folder. Of a live model the trainable parameters are measured, and frozen ones that are not what they were in the base; of files, all. ``metrics``: names in
     :data:`METRICS`; ``l2`` is always there.
 
     With LoRA it is the drift of the *effective* weight, under the base weight's name: :math:`s\,BA` of plain, rank-stabilised and
@@ -154,19 +154,16 @@ def deltas(model: Side, base: Side) -> Iterator[tuple[str, Delta]]:
     now, before = Reference.of(model), Reference.of(base)
     live = parameters(model) if isinstance(model, nn.Module) else None
     adapted = sorted({*now.adapters, *before.adapters})
-    _check(now, before, live, adapted, before.surplus(model) if isinstance(model, nn.Module) else None)
-    for name in live if live is not None else sorted(now.names()):
-        parameter = live[name] if live is not None else None
-        if ".lora_" in name or name in adapted or (parameter is not None and not parameter.requires_grad):
-            continue
+    dense = [n for n in (sorted(now.names()) if live is None else live) if ".lora_" not in n and n not in adapted
+             and (live is None or live[n].requires_grad or before.left_by(n, live[n]))]
+    _check(now, before, live, dense, before.surplus(model) if isinstance(model, nn.Module) else None)
+    for name in dense:
         yield name, DenseDelta(now.get(name), before.get(name))
     for name in adapted:
         yield name, _adapted(name, now, before)
 
 
-def _check(now: Reference, before: Reference, live: dict[str, nn.Parameter] | None, adapted: Collection[str], extra: list[str] | None) -> None:
-    measured = now.names() if live is None else {n for n, p in live.items() if p.requires_grad}
-    measured = {n for n in measured if ".lora_" not in n and n not in adapted}
+def _check(now: Reference, before: Reference, live: dict[str, nn.Parameter] | None, measured: Collection[str], extra: list[str] | None) -> None:
     missing = sorted(n for n in measured if n not in before)
     if extra is None:
         extra = [] if now.partial else sorted(n for n in before.names() - now.names() if ".lora_" not in n)

@@ -491,6 +491,29 @@ def test_wrong_questions_are_explained(tmp_path):
         drift.parameter_drift(model, reference)
 
 
+@pytest.mark.parametrize("where", ["snapshot", "file"])
+def test_a_parameter_that_is_frozen_on_the_way_counts_as_far_as_it_has_moved(where: str, tmp_path):
+    """Layers are frozen and thawed in turn, and what they have moved by stays."""
+    model = zoo.make(zoo.Base)
+    model.scale = nn.Parameter(torch.ones(()), requires_grad=False)
+    base = drift.Reference.snapshot(model)
+    if where == "file":
+        save_file({n: p.detach().clone() for n, p in model.named_parameters()}, tmp_path / "base.safetensors")
+        base = drift.Reference.open(tmp_path / "base.safetensors")
+
+    def measured() -> dict[str, float]:
+        return {d.name: d.l2 for d in drift.parameter_drift(model, base)}
+
+    model.head.requires_grad_(False)
+    assert "head.weight" not in measured()
+    for size in (0.1, 0.2):
+        with torch.no_grad():
+            model.head.weight += 0.1
+        assert measured()["head.weight"] == pytest.approx(size * model.head.weight.numel() ** 0.5, rel=1e-6)
+    base.load_into(model)
+    assert "head.weight" not in measured() and set(measured().values()) == {0.0}
+
+
 def test_a_parameter_unfrozen_after_the_snapshot_is_refused():
     model = zoo.make(zoo.Frozen)
     reference = drift.Reference.snapshot(model)
