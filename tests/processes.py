@@ -1,5 +1,6 @@
 """Two processes that work together on a CPU, started by a test."""
 
+import gc
 import os
 import socket
 import time
@@ -33,4 +34,5 @@ def in_two_processes(work: Callable[[int, Path], None], folder: Path) -> None:
 def _start(rank: int, work: Callable[[int, Path], None], folder: Path, port: int) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
     torch.set_num_threads(1)
+    gc.freeze()  # as in conftest.py
     work(rank, folder)

@@ -1,5 +1,6 @@
 """Two gloo processes, started by ``accelerate launch`` with a configuration for FSDP2, train as one process does."""
 
+import gc
 import json
 import os
 import subprocess
@@ -109,6 +110,7 @@ def refusal(action) -> str:
 
 def work(folder: Path) -> None:
     torch.set_num_threads(1)
+    gc.freeze()  # as in conftest.py
     assert os.environ["ACCELERATE_USE_FSDP"] == "true" and os.environ["FSDP_VERSION"] == "2"
     found: dict[str, Any] = {}
     for name, (sharded, kind, lora, settings) in RUNS.items():
