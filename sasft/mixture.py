@@ -42,7 +42,8 @@ class MixSettings:
     by: By = option("rows", "what the shares are shares of: rows read, loss tokens (short self-dialogues against long task rows: "
                             "by rows they weigh less than the share says), or loss (rows read equally often, weighted in the "
                             "loss)", _MIXED)
-    hold_out: int = option(16, "last rows of each source, at most a quarter of them, that no step reads, to measure on", _MIXED)
+    hold_out: int = option(16, "rows of each source, evenly spread and at most a quarter of them, that no step reads, to measure on",
+                           _MIXED)
     out: str = option("", "folder of the mix", _MIXED)
     steps: int | None = option(None, "optimiser steps (100, unless like is given)", _SIZE)
     rows_per_step: int | None = option(None, "rows a step, of all sources together (16, unless tokens_per_step is given)", _SIZE)
@@ -165,7 +166,7 @@ def lay_out(settings: MixSettings) -> Mixture:
         read = read_rows(source)
         whole, report = encode_rows(read, chat, **encoding)
         rows[name], held_out[name] = hold_out([read[i] for i in report.kept_rows], settings.hold_out)
-        encoded[name], reports[name] = whole[: len(rows[name])], str(report)
+        encoded[name], reports[name] = hold_out(whole, settings.hold_out)[0], str(report)
     for name in settings.shuffle:
         encoded[name] = shuffle_tokens(encoded[name], seed=settings.seed)
         rows[name] = [replace(r, response_ids=e.response_ids, response=chat.tokenizer.decode(e.response_ids), finished=e.finished)
@@ -175,13 +176,15 @@ def lay_out(settings: MixSettings) -> Mixture:
 
 
 def hold_out(rows: Sequence[T], n: int) -> tuple[list[T], list[T]]:
-    """Rows to train on, and the last ``n`` rows to measure on, at most a quarter of them.
+    """Rows to train on, and ``n`` rows to measure on, at most a quarter of them, evenly spread over the file: many are sorted, by
+    label or by length, and the rows at one end are then of one kind.
 
     >>> hold_out("abcdefgh", 3), hold_out("abcd", 0)
-    ((['a', 'b', 'c', 'd', 'e', 'f'], ['g', 'h']), (['a', 'b', 'c', 'd'], []))
+    ((['a', 'b', 'd', 'e', 'f', 'h'], ['c', 'g']), (['a', 'b', 'c', 'd'], []))
     """
     n = min(n, len(rows) // 4)
-    return list(rows[: len(rows) - n]), list(rows[len(rows) - n :])
+    held = {(2 * k + 1) * len(rows) // (2 * n) for k in range(n)}
+    return [row for i, row in enumerate(rows) if i not in held], [rows[i] for i in sorted(held)]
 
 
 def read_mixture(folder: Path | str) -> Mixture:

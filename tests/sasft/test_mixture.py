@@ -122,13 +122,23 @@ def test_rows_held_out_are_in_no_step(folder: Path) -> None:
     for name, source in settings(folder).named().items():
         read = read_rows(source)
         n = min(2, len(read) // 4)
-        assert [r.id for r in mixture.held_out[name]] == [r.id for r in read[len(read) - n :]]
+        assert len(mixture.held_out[name]) == n
         assert not {r.id for r in mixture.held_out[name]} & {r.id for r in mixture.rows[name]}
         assert report["held_out"][name]["rows"] == n
     with (folder / "mix" / "held_out" / "task.jsonl").open("a") as file:
         file.write('{"prompt": "a", "response": "b"}\n')
     with pytest.raises(UsageError, match="held_out/task.jsonl is not the file that mix.json describes"):
         read_mixture(folder / "mix")
+
+
+def test_rows_held_out_of_a_sorted_file_are_of_every_kind(folder: Path) -> None:
+    write(folder / "task.jsonl", [{"prompt": f"Which {i}?", "response": label * 9, "id": i} for i, label in enumerate(sorted("abcd" * 10))])
+    make_mixture(settings(folder, hold_out=8))
+    mixture = read_mixture(folder / "mix")
+    assert [row.response[0] for row in mixture.held_out["task"]] == list("aabbccdd")
+    assert [row.id for row in mixture.held_out["task"]] == [str(i) for i in range(2, 40, 5)]
+    for row, tokens in zip(mixture.rows["task"], mixture.plan.tokens["task"], strict=True):  # the plan counts the rows that it reads
+        assert tokens == len(row.response) + 1
 
 
 def test_a_mix_whose_counts_were_edited_is_refused(folder: Path) -> None:
@@ -152,7 +162,7 @@ def test_columns_of_any_type_stay_behind(folder: Path) -> None:
     pq.write_table(table, folder / "table.parquet")
     make_mixture(settings(folder, sources=[f"task={folder}/table.parquet"], shares=[], hold_out=2))
     mixture = read_mixture(folder / "mix")
-    assert [r.prompt[0]["content"] for r in mixture.held_out["task"]] == ["When 6?", "When 7?"] and len(mixture.rows["task"]) == 6
+    assert [r.prompt[0]["content"] for r in mixture.held_out["task"]] == ["When 2?", "When 6?"] and len(mixture.rows["task"]) == 6
 
 
 @pytest.mark.parametrize("kwargs, message", [

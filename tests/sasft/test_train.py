@@ -19,7 +19,7 @@ from sasft.data import read_rows
 from sasft.errors import UsageError
 from sasft.methods import Costs, response_loss
 from sasft.mixing import SELF, TASK, Plan, make_plan, mix
-from sasft.mixture import MixSettings, make_mixture, read_mixture
+from sasft.mixture import MixSettings, hold_out, make_mixture, read_mixture
 from sasft.models import LoraSettings, load_model, weights_hash
 from sasft.train import TrainSettings, train
 from sasft.trainer import FitSettings, fit
@@ -266,7 +266,7 @@ def test_what_is_measured_on_is_set_aside_before_a_method_makes_rows(folder: Pat
     asked = settings(folder, probe_rows=3, record_every=1)
     material = MODULE.read_material(asked)
     read = read_rows(folder / "task.jsonl")
-    assert [r.id for r in material.held_out["task"]] == [r.id for r in read[-3:]] and list(material.rows["task"]) == read[:-3]
+    assert (material.rows["task"], material.held_out["task"]) == hold_out(read, 3)
     chat = Chat(MODULE.load(asked)[1])
     rewritten = {name: [replace(row, response="No.", response_ids=None) for row in rows] for name, rows in material.rows.items()}
     as_they_came, made = (MODULE.encode(asked, material, rows, chat) for rows in (material.rows, rewritten))
