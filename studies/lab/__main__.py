@@ -69,7 +69,7 @@ def run(profile: Profile, runs: Path, folder: Path, workers: int) -> None:
     tables = make(profile.setup, runs / "lab", workers, quick=profile.quick, repeats=repeats)
     predictions, n = registered(), profile.setup.seeds
     found = {name: verdict(predictions[name], effect, n=n) for name, effect in effects(tables, n).items()}
-    paths = figures.draw_all(tables, found, n, folder, {"profile": asdict(profile), "versions": versions()})
+    paths = figures.draw_all(tables, found, n, folder, {"profile": asdict(profile), "versions": versions()}, workers)
     for v in found.values():
         print(f"{v['claim']:<4}{v['verdict']:<13}{v['value']:>10.3g} [{v['low']:.3g}, {v['high']:.3g}] {v['unit']:<22}{v['statement']}")
     print("\npictures and tables:", *(f"  {path}" for path in paths), sep="\n")

@@ -10,25 +10,31 @@ from studies.figures import DARK, LIGHT, MARKERS, MIDDLE, error_bars, new_figure
 from studies.lab.effects import ACCOUNTS, Race, Rows, at_equal_gain, column
 from studies.lab.experiment import LAMBDAS, TASK_ONLY
 from studies.lab.sweeps import SA_SFT
+from studies.lab.units import pool
 from studies.stats import Effect, mean_over_seeds, over_seeds
 
 Verdicts = Mapping[str, Mapping[str, Any]]
+Save = Callable[[Any, str, Sequence[Mapping[str, Any]]], list[Path]]
+Draw = Callable[[Mapping[str, Rows], int, Save], list[Path]]
 TOO_LARGE = 5.0  # nats a token, of a forecast that has left all bounds
 CELLS = ("own/old", "own/new", "foreign/old", TASK_ONLY)
 
 
-def draw_all(tables: Mapping[str, Rows], verdicts: Verdicts, n: int, folder: Path, provenance: Mapping[str, Any]) -> list[Path]:
-    """Draw every figure into ``folder``; returns the paths."""
-    paths: list[Path] = []
-    for draw, claims in ((draw_forces, ("C1",)), (draw_cells, ("C2", "C3")), (draw_shared, ("C4",)), (draw_push, ("C6",)), (draw_dose, ("C7",)),
-                         (draw_race, ("C5",)), (draw_mixing, ("C8", "C9", "C10", "C11")), (draw_phase, ()), (draw_limits, ()),
-                         (draw_sampled, ("sampled",)), (draw_calibration, ())):
-        shown = [v for name, v in verdicts.items() if ("sampled" if name.endswith("sampled") else v["claim"]) in claims]
-        paths += draw(tables, n, lambda figure, name, rows, shown=shown: save(figure, folder, name, rows, shown, provenance))
-    return paths
+def draw_all(tables: Mapping[str, Rows], verdicts: Verdicts, n: int, folder: Path, provenance: Mapping[str, Any], workers: int) -> list[Path]:
+    """Draw every figure into ``folder``, side by side; returns the paths."""
+    drawings: tuple[tuple[Draw, tuple[str, ...]], ...] = (  # what takes longest first
+        (draw_calibration, ()), (draw_sampled, ("sampled",)), (draw_push, ("C6",)), (draw_dose, ("C7",)), (draw_mixing, ("C8", "C9", "C10", "C11")),
+        (draw_limits, ()), (draw_forces, ("C1",)), (draw_phase, ()), (draw_cells, ("C2", "C3")), (draw_race, ("C5",)), (draw_shared, ("C4",)))
+    with pool(min(workers, len(drawings))) as processes:
+        running = []
+        for draw, claims in drawings:
+            shown = [v for name, v in verdicts.items() if ("sampled" if name.endswith("sampled") else v["claim"]) in claims]
+            running.append(processes.submit(_drawn, draw, tables, shown, n, folder, provenance))
+        return sorted(path for drawn in running for path in drawn.result())
 
 
-Save = Callable[[Any, str, Sequence[Mapping[str, Any]]], list[Path]]
+def _drawn(draw: Draw, tables: Mapping[str, Rows], shown: Sequence[Mapping[str, Any]], n: int, folder: Path, provenance: Mapping[str, Any]) -> list[Path]:
+    return draw(tables, n, lambda figure, name, rows: save(figure, folder, name, rows, shown, provenance))
 
 
 def _row(effect: Effect, **where: Any) -> dict[str, Any]:

@@ -16,8 +16,6 @@ import torch
 
 from sasft.files import write_json
 
-START = "fork" if sys.platform == "linux" else "spawn"  # a forked worker need not import torch again, which takes seconds; elsewhere forks are not safe
-
 
 @dataclass(frozen=True)
 class Unit:
@@ -52,9 +50,9 @@ def work(units: Sequence[Unit], folder: Path, workers: int, what: str) -> list[A
     todo = [unit for unit in units if not (folder / unit.name).exists()]
     began = time.monotonic()
     if todo:
-        pool = ProcessPoolExecutor(min(workers, len(todo)), mp_context=get_context(START), initializer=_worker)
+        processes = pool(min(workers, len(todo)))
         try:
-            running = {pool.submit(_do, unit, folder): unit for unit in todo}
+            running = {processes.submit(_do, unit, folder): unit for unit in todo}
             while running:
                 done, _ = wait(running, return_when=FIRST_COMPLETED)
                 for future in [f for f in running if f in done]:  # in their order, whichever came first
@@ -66,12 +64,18 @@ def work(units: Sequence[Unit], folder: Path, workers: int, what: str) -> list[A
                     left = f"about {spent / finished * len(running):.0f} s left" if running else f"{spent:.0f} s"
                     print(f"{what}: {finished} of {len(todo)} ({Path(unit.name).stem}), {left}", file=sys.stderr)
         except BaseException:
-            for process in list(pool._processes.values()):  # a unit may take minutes: do not wait for it on Ctrl-C
+            for process in list(processes._processes.values()):  # a unit may take minutes: do not wait for it on Ctrl-C
                 process.terminate()
             raise
         finally:
-            pool.shutdown(cancel_futures=True)
+            processes.shutdown(cancel_futures=True)
     return [load(folder / unit.name) for unit in units]
+
+
+def pool(workers: int) -> ProcessPoolExecutor:
+    """Processes of one thread each."""
+    start = "fork" if sys.platform == "linux" else "spawn"  # a fork need not import torch again, which takes seconds; elsewhere forks are not safe
+    return ProcessPoolExecutor(workers, mp_context=get_context(start), initializer=_worker)
 
 
 def _worker() -> None:
