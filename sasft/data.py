@@ -1,6 +1,7 @@
 """Rows of chat data: reading them with exact errors, and encoding them."""
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -162,7 +163,8 @@ def encode_rows(
 
     ``truncate`` cuts the end of the answer, which then has no end-of-turn token; ``drop`` leaves
     rows out. On self-data, dropping picks rows by their answers and so breaks the score identity,
-    whereas cutting does not (docs/theory.md, F1 and F2c).
+    whereas cutting does not (docs/theory.md, F1 and F2c): dropped rows that a model has sampled give a
+    :class:`sasft.filters.BreaksScoreIdentity` warning.
 
     Raises :class:`UsageError`, naming rows, where a row cannot be encoded, where rows are too long
     under ``error``, where truncation would leave no answer, and where dropping would leave no row.
@@ -193,6 +195,10 @@ def encode_rows(
             raise UsageError(f"all {len(rows)} rows have more than max_tokens={max_tokens} tokens, "
                              "so dropping them leaves nothing; raise max_tokens, or set too_long "
                              "to truncate")
+        if sampled := sum(rows[i].response_ids is not None for i in over):
+            from sasft.filters import BreaksScoreIdentity  # which needs this module
+
+            warnings.warn(BreaksScoreIdentity(f"max_tokens={max_tokens} with too_long=drop", sampled), stacklevel=2)
     return encoded, EncodeReport(
         rows=len(rows), kept=len(encoded), truncated=len(over) if too_long == "truncate" else 0,
         dropped=len(rows) - len(encoded), longest=longest,

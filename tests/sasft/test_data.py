@@ -2,6 +2,8 @@
 
 import builtins
 import json
+import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,6 +14,7 @@ from sasft.chat import Chat
 from sasft.data import Row, encode_rows, read_rows
 from sasft.errors import UsageError
 from sasft.files import sha256_file
+from sasft.filters import BreaksScoreIdentity
 from sasft.sources import Source
 from tests.sasft.tiny_chat import tokenizer
 
@@ -136,8 +139,13 @@ def test_rows_longer_than_allowed():
     assert (report.kept, report.truncated, report.dropped, report.longest) == (3, 1, 0, limit + 7)
     assert chat.tokenizer.decode(cut[1].response_ids) == "Yes, " and not cut[1].finished
     assert cut[2] == chat.encode((USER,), "Yes!") and cut[2].finished
-    kept, report = encode_rows(rows, chat, limit, "drop")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # rows that nobody has sampled may be chosen in any way
+        kept, report = encode_rows(rows, chat, limit, "drop")
     assert (report.kept, report.truncated, report.dropped) == (2, 0, 1)
+    sampled = [replace(row, response_ids=tuple(chat.tokenizer(row.response).input_ids)) for row in rows]
+    with pytest.warns(BreaksScoreIdentity, match=f"max_tokens={limit} with too_long=drop looked at answers and dropped 1 rows"):
+        assert encode_rows(sampled, chat, limit, "drop")[0] == kept
     assert kept == [cut[0], cut[2]]
     assert report.loss_tokens == 3 + 5
 
