@@ -45,11 +45,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m studies.lab", description=__doc__.split("\n")[0])
     parser.add_argument("--profile", choices=PROFILES, default="quick", help="quick: 3 seeds, 3 minutes; full: 12 seeds and all sweeps")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where finished parts are kept (default: runs)")
-    parser.add_argument("--figures", type=Path, default=Path("figures"), help="where figures go (default: figures)")
+    parser.add_argument("--figures", type=Path, help="where figures go (default: figures; of the quick profile lab/figures in --runs, so that they don't "
+                                                     "take the place of the full one's)")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes side by side (default: one a core)")
     args = parser.parse_args(argv)
     try:
-        run(PROFILES[args.profile], args.runs, args.figures, args.workers)
+        folder = args.figures or (args.runs / "lab" / "figures" if args.profile == "quick" else Path("figures"))
+        run(PROFILES[args.profile], args.runs, folder, args.workers)
     except (UsageError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

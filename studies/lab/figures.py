@@ -8,7 +8,7 @@ import numpy as np
 
 from studies.figures import DARK, LIGHT, MARKERS, MIDDLE, error_bars, new_figure, save
 from studies.lab.effects import ACCOUNTS, Race, Rows, at_equal_gain, column
-from studies.lab.experiment import LAMBDAS, TASK_ONLY
+from studies.lab.experiment import DISTANCES, LAMBDAS, TASK_ONLY
 from studies.lab.sweeps import SA_SFT
 from studies.lab.units import pool
 from studies.stats import Effect, mean_over_seeds, over_seeds
@@ -23,8 +23,8 @@ CELLS = ("own/old", "own/new", "foreign/old", TASK_ONLY)
 def draw_all(tables: Mapping[str, Rows], verdicts: Verdicts, n: int, folder: Path, provenance: Mapping[str, Any], workers: int) -> list[Path]:
     """Draw every figure into ``folder``, side by side; returns the paths."""
     drawings: tuple[tuple[Draw, tuple[str, ...]], ...] = (  # what takes longest first
-        (draw_calibration, ()), (draw_sampled, ("sampled",)), (draw_push, ("C6",)), (draw_dose, ("C7",)), (draw_mixing, ("C8", "C9", "C10", "C11")),
-        (draw_limits, ()), (draw_forces, ("C1",)), (draw_phase, ()), (draw_cells, ("C2", "C3")), (draw_race, ("C5",)), (draw_shared, ("C4",)))
+        (draw_calibration, ()), (draw_sampled, ("sampled",)), (draw_push, ("C6",)), (draw_dose, ("C7",)), (draw_courses, ("C10",)),
+        (draw_external, ("C8",)), (draw_topic, ("C9",)), (draw_entropy, ("C11",)), (draw_limits, ()), (draw_forces, ("C1",)), (draw_phase, ()), (draw_cells, ("C2", "C3")), (draw_race, ("C5",)), (draw_shared, ("C4",)))
     with pool(min(workers, len(drawings))) as processes:
         running = []
         for draw, claims in drawings:
@@ -51,14 +51,15 @@ def draw_forces(tables: Mapping[str, Rows], n: int, keep: Save) -> list[Path]:
     for place, k in enumerate(order):
         e = found[k]
         colour = LIGHT if e.value < 1e-8 else MIDDLE if names[k] in ("own answers, foreign style", "truth, own style", "task") else DARK
-        axis.barh(place, max(e.value, floor), left=0, color=colour, edgecolor="black", linewidth=0.6, log=True)
-        axis.errorbar(e.value, place, xerr=error_bars([e]), fmt="none", ecolor="black", capsize=2, linewidth=0.9)
+        axis.errorbar(max(e.value, floor), place, xerr=error_bars([e]), fmt="o", markersize=6, color=colour, markeredgecolor="black", ecolor="black",
+                      capsize=2, linewidth=0.9)
         axis.text(max(e.high, floor) * 1.6, place, f"{e.value:.1e}" if e.value < 1e-3 else f"{e.value:.3f}", va="center", fontsize=7.5)
     axis.set_yticks(range(len(names)), [names[k] for k in order])
     axis.set_xscale("log")
     axis.set_xlim(floor, 300)
     axis.set_xlabel("‖expected gradient at θ₀‖, as a share of the task's (log scale)")
-    axis.set_title("Only self-data as the model gives them exert no force", loc="left")
+    axis.grid(axis="y", color="0.9")
+    axis.set_title("Force at θ₀ of every kind of data", loc="left")
     return keep(figure, "lab_forces", [_row(found[k], source=names[k]) for k in order])
 
 
@@ -97,14 +98,15 @@ def draw_shared(tables: Mapping[str, Rows], n: int, keep: Save) -> list[Path]:
                       capsize=3, linewidth=1, label=f"effects of {kind} on the gradient")
         rows += [_row(e, quantity=name, of=kind) for e, (name, _) in zip(found, quantities, strict=True)]
         null = mean_over_seeds(column(start, f"shared_null_{kind}", n))
-        axis.plot([places[-1] - 0.12, places[-1] + 0.12], [null.value] * 2, color="black", linestyle=":", label=None if k else "… of permuted pairs")
+        axis.plot([places[-1] - 0.12, places[-1] + 0.12], [null.value] * 2, color="black", linestyle=":")
         rows.append(_row(null, quantity="shared, permuted", of=kind))
         rows.append({"quantity": "shared, largest p", "of": kind, "value": column(start, f"shared_p_{kind}", n).max(), "low": "", "high": ""})
+    axis.plot([], [], color="black", linestyle=":", label="mean cos² if pairs of effects are permuted")
     axis.axhline(0, color="black", linewidth=0.6)
     axis.set_xticks(range(len(quantities)), [label for _, label in quantities])
     axis.set_ylabel("1 = all alike, 0 = unrelated")
     axis.legend(frameon=False, fontsize=7.5)
-    axis.set_title("Style pulls one way wherever it is taught (dots: seeds)", loc="left")
+    axis.set_title("How alike the gradients' effects are wherever they are taught (dots: seeds)", loc="left")
     return keep(figure, "lab_shared", rows)
 
 
@@ -119,7 +121,7 @@ def draw_push(tables: Mapping[str, Rows], n: int, keep: Save) -> list[Path]:
     left.set_xscale("log")
     left.set_xlabel("‖δ‖₂ on the line to where the task leads")
     left.set_ylabel("slope of the self-data's gradient on F δ")
-    left.set_title("Close to θ₀ the push is F δ (each line a seed)", loc="left", fontsize=9)
+    left.set_title("The push beside F δ (each line a seed)", loc="left", fontsize=9)
     rows = [{**r, "panel": "line"} for r in line]
     steps = sorted({r["step"] for r in tables["push"] if r["course"] != "line"})
     for k, (course, colour) in enumerate(((TASK_ONLY, DARK), ("SA-SFT 0.5", MIDDLE))):
@@ -134,7 +136,7 @@ def draw_push(tables: Mapping[str, Rows], n: int, keep: Save) -> list[Path]:
     right.set_ylabel("cosine")
     right.set_ylim(-1.05, 1.05)
     right.legend(frameon=False, fontsize=7, loc="center right")
-    right.set_title("It points home, against the task", loc="left", fontsize=9)
+    right.set_title("Where it points on the course of training", loc="left", fontsize=9)
     names = list(dict.fromkeys(k for r in rows for k in r))
     return keep(figure, "lab_push", [{k: r.get(k, "") for k in names} for r in rows])
 
@@ -200,8 +202,8 @@ def draw_race(tables: Mapping[str, Rows], n: int, keep: Save) -> list[Path]:
     return keep(figure, "lab_race", rows)
 
 
-def draw_mixing(tables: Mapping[str, Rows], n: int, keep: Save) -> list[Path]:
-    """C8 to C11: gain against drop on the course of each arm."""
+def draw_courses(tables: Mapping[str, Rows], n: int, keep: Save) -> list[Path]:
+    """C10: gain against drop on the course of each arm, and what each saves over the task alone at equal gain."""
     arms = tables["arms"]
     chosen = (TASK_ONLY, "task at half rate", "SA-SFT 0.5", "SA-SFT paper", "SA-SFT without a topic", "external 0.5", "external 1.0", "self shuffled")
     steps = sorted({row["step"] for row in arms})
@@ -212,17 +214,63 @@ def draw_mixing(tables: Mapping[str, Rows], n: int, keep: Save) -> list[Path]:
             lost = [mean_over_seeds(column(arms, metric, n, arm=arm, step=step)) for step in steps]
             gained = [mean_over_seeds(column(arms, "gain", n, arm=arm, step=step)) for step in steps]
             colour = (DARK, MIDDLE, LIGHT)[k % 3]
-            axis.plot([max(e.value, 1e-6) for e in lost[1:]], [e.value for e in gained[1:]], color=colour, linewidth=0.9)
+            axis.plot([max(e.value, 1e-6) for e in lost[1:]], [e.value for e in gained[1:]], color=colour, linewidth=1, linestyle=("-", "--", ":")[k // 3])
             axis.errorbar(lost[-1].value, gained[-1].value, xerr=error_bars(lost[-1:]), yerr=error_bars(gained[-1:]), fmt=MARKERS[k], color=colour,
                           markeredgecolor="black", ecolor="grey", elinewidth=0.8, markersize=6.5, label=arm)
             rows += [{"arm": arm, "step": step, "metric": metric, "drop": d.value, "drop_low": d.low, "drop_high": d.high, "gain": g.value,
-                      "gain_low": g.low, "gain_high": g.high} for step, d, g in zip(steps, lost, gained, strict=True)]
+                      "gain_low": g.low, "gain_high": g.high, "saved": "", "saved_low": "", "saved_high": ""}
+                     for step, d, g in zip(steps, lost, gained, strict=True)]
+            if arm != TASK_ONLY:
+                saved = mean_over_seeds(at_equal_gain(arms, metric, n, arm))
+                rows[-1] |= {"saved": saved.value, "saved_low": saved.low, "saved_high": saved.high}
         axis.set_xscale("log")
         axis.set_xlabel(f"drop on the other topics\n({unit}; log scale)")
     axes[0].set_ylabel("gain: rise of P(task's fact)\n(higher learns more)")
     axes[0].set_title("Gain against drop: courses, and where they end", loc="left", fontsize=9)
     axes[1].legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     return keep(figure, "lab_gain_drop", rows)
+
+
+def _ends(tables: Mapping[str, Rows], n: int, keep: Save, name: str, title: str, arms: Mapping[str, str], panels: Sequence[tuple[str, str]]) -> list[Path]:
+    """Where some arms end (``arms``: name → label), in one panel a metric (``panels``: metric, label of its axis)."""
+    last = max(row["step"] for row in tables["arms"])
+    figure, axes = new_figure(2.4 + 2.9 * len(panels), 0.34 * len(arms) + 1.5, len(panels), sharey=True, squeeze=False)
+    rows = []
+    for axis, (metric, label) in zip(axes[0], panels, strict=True):
+        for place, arm in enumerate(arms):
+            values = column(tables["arms"], metric, n, arm=arm, step=last)
+            effect = mean_over_seeds(values)
+            axis.plot(values, place + np.linspace(-0.2, 0.2, n), linestyle="none", marker=".", markersize=4, color="0.6")
+            axis.errorbar(effect.value, place, xerr=error_bars([effect]), fmt="o", markersize=5.5, color=MIDDLE, markeredgecolor="black", ecolor="black",
+                          capsize=3, linewidth=1)
+            rows.append(_row(effect, arm=arm, metric=metric))
+        axis.set_xlabel(label)
+        axis.grid(axis="y", color="0.9")
+    axes[0][0].set_yticks(range(len(arms)), list(arms.values()))
+    axes[0][0].invert_yaxis()
+    axes[0][0].set_title(title, loc="left", fontsize=9)
+    return keep(figure, name, rows)
+
+
+def draw_external(tables: Mapping[str, Rows], n: int, keep: Save) -> list[Path]:
+    """C8: forgetting with external data, by how far their style is from the base's."""
+    arms = {"SA-SFT 0.5": "self-data", **{f"external {d}": f"external data, {d:.0%} of the way to a foreign style" for d in DISTANCES},
+            "external, as varied": "external data, style as varied as the base's", TASK_ONLY: "the task alone"}
+    panels = (("kl", "forgetting after as many steps\n(KL, nats/token)"), ("content", "… of what is said\n(KL, nats/response)"))
+    return _ends(tables, n, keep, "lab_external", "What is mixed in, λ = ½ (dots: seeds)", arms, panels)
+
+
+def draw_topic(tables: Mapping[str, Rows], n: int, keep: Save) -> list[Path]:
+    """C9: forgetting of a topic that the self-data leave out."""
+    arms = {TASK_ONLY: "the task alone", "SA-SFT without a topic": "SA-SFT without the topic", "SA-SFT 0.5": "SA-SFT"}
+    panels = (("kl_dropped", "forgetting on that topic\n(KL, nats/token)"), ("content_dropped", "… of what is said\n(KL, nats/response)"))
+    return _ends(tables, n, keep, "lab_topic", "A topic left out of the self-data (dots: seeds)", arms, panels)
+
+
+def draw_entropy(tables: Mapping[str, Rows], n: int, keep: Save) -> list[Path]:
+    """C11: entropy of the model's answers after data of either sampler."""
+    arms = {"own/old": "the base", "SA-SFT 0.5": "SA-SFT, exact sampler", "SA-SFT paper": "SA-SFT, the paper's sampler", TASK_ONLY: "the task alone"}
+    return _ends(tables, n, keep, "lab_entropy", "Entropy after training, λ = ½ (dots: seeds)", arms, (("entropy", "entropy on the other topics (nats/token)"),))
 
 
 def draw_phase(tables: Mapping[str, Rows], n: int, keep: Save) -> list[Path]:
@@ -241,7 +289,7 @@ def draw_phase(tables: Mapping[str, Rows], n: int, keep: Save) -> list[Path]:
                 grid[i, j] = effect.value
                 rows.append(_row(effect, metric=metric, unit=unit, coupling=coupling, width=width, seeds=int(np.isfinite(values).sum())))
         top = np.nanmax(np.abs(grid))
-        image = axis.imshow(grid, origin="lower", aspect="auto", cmap="RdGy", vmin=-top, vmax=top)
+        image = axis.imshow(grid, origin="lower", aspect="auto", cmap="Greys", vmin=min(0.0, np.nanmin(grid)), vmax=top)
         for row in rows[-grid.size:]:
             i, j = couplings.index(row["coupling"]), widths.index(row["width"])
             axis.text(j, i, f"{row['value']:.2f}\n[{row['low']:.2f}, {row['high']:.2f}]", ha="center", va="center", fontsize=7,
@@ -257,29 +305,39 @@ def draw_phase(tables: Mapping[str, Rows], n: int, keep: Save) -> list[Path]:
 
 
 def draw_limits(tables: Mapping[str, Rows], n: int, keep: Save) -> list[Path]:
-    """How forgetting with and without self-data changes with every other thing that was varied."""
+    """Forgetting with and without self-data as every other thing is varied, after equally many steps and at equal gain."""
     sweep = [row for row in tables["sweeps"] if row["sweep"] != "phase"]
     last = max(row["step"] for row in sweep)
     names = list(dict.fromkeys(row["sweep"] for row in sweep))
     conditions = [(name, value) for name in names for value in sorted({r["value"] for r in sweep if r["sweep"] == name})]
     figure, axes = new_figure(8.6, 0.32 * len(conditions) + 1.3, 2, sharey=True)
     rows = []
-    for axis, metric, unit in zip(axes, ("kl", "content"), ("nats/token", "nats/response"), strict=True):
+    where = [[r for r in sweep if r["sweep"] == name and r["value"] == value] for name, value in conditions]
+    for metric, unit in (("kl", "nats/token"), ("content", "nats/response")):
         for arm, colour, marker in ((TASK_ONLY, DARK, "o"), (SA_SFT, MIDDLE, "s")):
-            found = []
-            for name, value in conditions:
-                some = [r for r in sweep if r["sweep"] == name and r["value"] == value]
-                found.append(mean_over_seeds(column(some, metric, n, arm=arm, step=last)))
-                gain = mean_over_seeds(column(some, "gain", n, arm=arm, step=last))
-                rows.append({**_row(found[-1], varied=name, setting=value, arm=arm, metric=metric, unit=unit), "gain": gain.value})
-            axis.errorbar([e.value for e in found], range(len(found)), xerr=error_bars(found), fmt=marker, color=colour, markeredgecolor="black",
-                          ecolor="black", capsize=2, linewidth=0.9, label=arm)
-        axis.set_xscale("log")
-        axis.set_xlabel(f"KL of {'responses' if metric == 'kl' else 'what is said'} at the end ({unit})")
-    axes[0].set_yticks(range(len(conditions)), [f"{name} {value:.3g}" for name, value in conditions])
+            found = [mean_over_seeds(column(some, metric, n, arm=arm, step=last)) for some in where]
+            gains = [mean_over_seeds(column(some, "gain", n, arm=arm, step=last)).value for some in where]
+            rows += [{**_row(e, varied=name, setting=value, quantity=arm, metric=metric, unit=unit), "gain": gain, "seeds": n}
+                     for (name, value), e, gain in zip(conditions, found, gains, strict=True)]
+            if metric == "kl":
+                axes[0].errorbar([e.value for e in found], range(len(found)), xerr=error_bars(found), fmt=marker, color=colour, markeredgecolor="black",
+                                 ecolor="black", capsize=2, linewidth=0.9, label=arm)
+        saved = [at_equal_gain(some, metric, n, SA_SFT) for some in where]
+        met = [values[np.isfinite(values)] for values in saved]  # some seeds never gain as much
+        found = [mean_over_seeds(values) if len(values) else Effect(np.nan, np.nan, np.nan) for values in met]
+        rows += [{**_row(e, varied=name, setting=value, quantity="saved at equal gain", metric=metric, unit=unit), "gain": "", "seeds": len(values)}
+                 for (name, value), e, values in zip(conditions, found, met, strict=True)]
+        if metric == "kl":
+            axes[1].errorbar([e.value for e in found], range(len(found)), xerr=error_bars(found), fmt="D", color=LIGHT, markeredgecolor="black",
+                             ecolor="black", capsize=2, linewidth=0.9)
+    axes[0].set_xscale("log")
+    axes[0].set_xlabel("forgetting after equally many steps\n(KL, nats/token; log scale)")
+    axes[1].axvline(0, color="black", linewidth=0.6)
+    axes[1].set_xlabel("what SA-SFT saves over the task alone\nat equal gain (KL, nats/token)")
+    axes[0].set_yticks(range(len(conditions)), [f"{name} {value:.4g}" for name, value in conditions])
     axes[0].invert_yaxis()
-    axes[1].legend(frameon=False, fontsize=8)
-    axes[0].set_title("Forgetting with and without self-data (λ = ½) as one thing is varied", loc="left", fontsize=9)
+    axes[0].legend(frameon=False, fontsize=7)
+    axes[0].set_title("The task alone and SA-SFT (λ = ½) as one thing is varied", loc="left", fontsize=9)
     return keep(figure, "lab_limits", rows)
 
 
@@ -305,7 +363,7 @@ def draw_sampled(tables: Mapping[str, Rows], n: int, keep: Save) -> list[Path]:
     right.set_yscale("log")
     right.set_xlabel("KL over all responses (nats/token; log scale)")
     right.set_ylabel("KL that drift recorded on 256 rows")
-    right.set_title("What is recorded on the way is what is there", loc="left", fontsize=9)
+    right.set_title("What was recorded on the way, beside what was there", loc="left", fontsize=9)
     return keep(figure, "lab_sampled", drawn)
 
 

@@ -42,7 +42,8 @@ def rows_of(arm: str, seed: int, gains: list[float], lost: list[float]) -> list[
 def test_forgetting_where_a_gain_is_first_reached() -> None:
     rows = rows_of("a", 0, [0, 0.2, 0.6], [0, 1, 5]) + rows_of("a", 1, [0, 0.4, 0.3, 0.5], [0, 2, 3, 9]) + rows_of("b", 0, [0, 9, 9], [9, 9, 9])
     rows.reverse()  # rows are in no order
-    for gain, expected in (([0.1, 0.2], [0.5, 1.0]), ([0.4, 0.35], [3.0, 1.75]), ([0.2, 0.4], [1.0, 2.0]), ([0.6, 0.45], [5.0, 7.5]), ([0.0, 0.0], [0.0, 0.0])):
+    for gain, expected in (([0.1, 0.2], [0.5, 1.0]), ([0.4, 0.35], [5**0.5, 1.75]), ([0.2, 0.4], [1.0, 2.0]), ([0.6, 0.45], [5.0, 3**0.25 * 9**0.75]),
+                           ([0.0, 0.0], [0.0, 0.0])):
         assert at_gain(rows, "kl", "a", np.array(gain), 2) == pytest.approx(expected)
     never = at_gain(rows, "kl", "a", np.array([0.61, -0.1]), 2)
     assert np.isnan(never).all()

@@ -65,6 +65,12 @@ def test_the_ledger_says_what_the_lab_found(made: list[tuple], tmp_path: Path, c
             assert len(list(csv.DictReader(file))) > 1
 
 
+def test_the_quick_lab_leaves_the_full_ones_figures_alone(made: list[tuple], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert command.main(["--workers", "1"]) == 0
+    assert not Path("figures").exists() and Path("runs/lab/figures/lab_cells.png").exists()
+
+
 def test_a_verdict_changed_by_hand_is_found_out(made: list[tuple], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "figures"
     assert command.main(["--figures", str(folder), "--runs", str(tmp_path)]) == 0
