@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from drift.adapters import has_adapters
 from drift.divergence_probe import NO_ADAPTERS
+from drift.names import parameters
 from sasft.chat import Chat
 from sasft.data import read_rows
 from sasft.errors import UsageError
@@ -99,8 +100,8 @@ def evaluate(
     there; another model or setting is refused.
 
     Raises :class:`UsageError`, before any item is run, for unknown suites, sets that are missing, empty or of another shape,
-    prompts that the template refuses or that with their answers may be longer than the model takes, a base that predicts other
-    tokens, and a folder that holds another run.
+    prompts that the template refuses or that with their answers may be longer than the model takes, weights that are not finite,
+    a base that predicts other tokens, and a folder that holds another run.
     """
     settings = MeasureSettings() if settings is None else settings
     out, chat = Path(out), Chat(tokenizer)
@@ -108,7 +109,7 @@ def evaluate(
     _check(made)
     subject = Subject(model=model, chat=chat, base=base, precision=settings.precision, temperature=settings.temperature,
                       seed=settings.seed, batch_size=settings.batch_size, max_new_tokens=settings.max_new_tokens)
-    _check_base(subject)
+    _check_models(subject)
     asked = {suite.name: choose(suite.items, settings.limit) for suite in made}
     shown = {suite.name: _shown(suite, subject, asked[suite.name]) for suite in made}
     found_in_training = {suite.name: _contaminated(asked[suite.name], settings) for suite in made}
@@ -280,7 +281,10 @@ def _check(suites: Sequence[Suite]) -> None:
                              f"{next(i for i in ids if ids.count(i) > 1)!r} is not")
 
 
-def _check_base(subject: Subject) -> None:
+def _check_models(subject: Subject) -> None:
+    if bad := [name for name, p in parameters(subject.model).items() if not p.isfinite().all()]:
+        raise UsageError(f"{len(bad)} of the model's weights are not finite, such as {bad[0]}, so there is nothing to measure: its "
+                         "training has diverged (a smaller learning rate may help)")
     if subject.base == NO_ADAPTERS and not has_adapters(subject.model):
         raise UsageError(f"base is {NO_ADAPTERS!r}, but the model has none; name the model that it was trained from")
     if isinstance(subject.base, nn.Module):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import shutil
 from dataclasses import replace
 from importlib.metadata import version
@@ -177,8 +178,8 @@ def test_divergences_from_a_base(folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("base", "told"), [
     ("without adapters", "base is 'without adapters', but the model has none"),
-    (LlamaForCausalLM(LlamaConfig(vocab_size=300, hidden_size=16, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)),
-     "base predicts 300 tokens, the model 259")])
+    (LlamaForCausalLM(LlamaConfig(vocab_size=300, hidden_size=16, intermediate_size=8, num_hidden_layers=1,
+                                  num_attention_heads=2)), "base predicts 300 tokens, the model 259")])
 def test_a_base_that_cannot_be_compared_with_is_refused_before_any_work(folder: Path, tmp_path: Path, base, told: str) -> None:
     with pytest.raises(UsageError, match=told):
         evaluate(tiny_chat.chatty(), tiny_chat.tokenizer(), [f"rows:{folder / 'rows.jsonl'}"], tmp_path / "out", base=base,
@@ -186,9 +187,19 @@ def test_a_base_that_cannot_be_compared_with_is_refused_before_any_work(folder: 
     assert not (tmp_path / "out").exists()
 
 
+def test_a_model_that_has_diverged_is_refused(tmp_path: Path) -> None:
+    """Its answers would be scored as wrong ones, like any other's."""
+    model = tiny_chat.chatty()
+    with torch.no_grad():
+        model.lm_head.weight[3, 4] = math.nan
+    with pytest.raises(UsageError, match="1 of the model's weights are not finite, such as lm_head.weight, .* has diverged"):
+        evaluate(model, tiny_chat.tokenizer(), ["task:sums"], tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_base_of_another_tokenizer_is_refused(tmp_path: Path) -> None:
     model, base = tiny_chat.save_chatty(tmp_path / "model"), tiny_chat.save_chatty(tmp_path / "base")
-    tiny_chat.tokenizer(specials=("<|im_end|>", "<|im_start|>", "<|endoftext|>")).save_pretrained(base)  # as many, in another order
+    tiny_chat.tokenizer(specials=tiny_chat.SPECIALS[::-1]).save_pretrained(base)  # as many, in another order
     with pytest.raises(UsageError, match="has another tokenizer than .*, and a KL between predictions of different tokens"):
         run(EvaluateSettings(model=str(model), base=str(base), suites="text", out=str(tmp_path / "out")))
 
