@@ -33,8 +33,11 @@ class Interval:
 @dataclass(frozen=True)
 class Effect:
     r"""One effect over prompts: ``norm2`` :math:`=\lVert\mathbb E v\rVert^2` without bias (it can be negative), its ``stderr`` (a jackknife over prompts, which errs on
-    the large side: by a quarter for a noisy effect on 12 prompts), and ``coherence``
-    :math:`=\lVert\mathbb E v\rVert^2/\mathbb E\lVert v\rVert^2`."""
+    the large side, by a quarter for a noisy effect on 12 prompts, where prompts are much alike), and ``coherence``
+    :math:`=\lVert\mathbb E v\rVert^2/\mathbb E\lVert v\rVert^2` (see :func:`drift.alignment.coherence` for when it is too high).
+
+    Student's interval with this error covers in the exact lab at 95 % for style on 48 prompts, for content at 80 % on 48 and 94 % on 768: there one
+    prompt in twenty has more than ten times the median square, and small samples often hold too few of these to know."""
 
     norm2: float
     stderr: float
@@ -46,7 +49,8 @@ class Decomposition:
     r"""``style``, ``content`` and their ``total`` :math:`t=s+c` as effects; ``interaction`` :math:`\tfrac12[(g^{fn}-g^{on})-(g^{fo}-g^{oo})]`.
 
     ``cos``: between expected style and content effects, corrected for noise. ``style_share`` :math:`=\langle\mathbb Es,\mathbb Et\rangle/\lVert\mathbb Et\rVert^2`, the part of the
-    total that style accounts for along it; content's is one minus it.
+    total that style accounts for along it; content's is one minus it. Its interval, percentiles of the bootstrap, covers in the exact lab at 90 %
+    on 48 prompts and 94 % on 768 (the jackknife's and Fieller's at 89 % on 48).
     """
 
     style: Effect
