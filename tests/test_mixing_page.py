@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from sasft.evaluation import drop_at
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs" / "mixing.md").read_text(encoding="utf-8")
@@ -35,7 +34,11 @@ def test_the_gain_at_which_they_are_compared() -> None:
     half, alone = ends["SA-SFT 0.5"], ends["task only"]
     assert f"λ = 0.5 ends at a gain of {half['gain']:.2f}, λ = 0 at {alone['gain']:.2f}" in TEXT
     text = " ".join(TEXT.split())
-    assert f"had forgotten {drop_at(rows, half['gain'])['task only']:.2f}, λ = 0.5 {half['drop']:.2f}" in text
+    saved = {r["arm"]: tuple(f"{float(r[name]):.2f}".replace("-", "−") for name in ("saved", "saved_low", "saved_high"))
+             for r in table("lab_gain_drop") if r["metric"] == "kl" and r["saved"]}
+    for lam, told in ((0.1, "at λ = 0.1"), (0.25, "at 0.25"), (0.5, "at 0.5"), (0.75, "at 0.75")):
+        value, low, high = saved[f"SA-SFT {lam}"]
+        assert f"{value} [{low}, {high}] {told}" in text
     real = {r["arm"]: float(r["kl_self_exact"]) for r in table("two_by_two_gain_drop")}
     told = (f"λ = 0.5 forgets {real['SA-SFT exact']:.3f} nats a token with the exact sampler, the task alone "
             f"{real['task only']:.3f}, and the paper's sampler {real['SA-SFT paper']:.3f}")
@@ -44,7 +47,7 @@ def test_the_gain_at_which_they_are_compared() -> None:
 
 def test_how_many_rows_are_needed() -> None:
     kl = {r["setting"]: f"{float(r['value']):.2f}" for r in table("lab_limits")
-          if (r["varied"], r["arm"], r["metric"]) == ("number of self-rows", "SA-SFT", "kl")}
+          if (r["varied"], r["quantity"], r["metric"]) == ("number of self-rows", "SA-SFT", "kl")}
     assert kl["100"] == kl["1000"]
     assert f"10 rows forget {kl['10']}, 30 rows {kl['30']}, 100 rows and 1000 rows {kl['100']}" in TEXT
 
