@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 import drift
 from studies.arms import scores
 from studies.figures import DARK, LIGHT, MARKERS, MIDDLE, error_bars, new_figure, save
-from studies.stats import Effect, Scores, factorial, over_seeds_and_items, verdict
+from studies.stats import Effect, Scores, factorial, mean_over_seeds, over_seeds_and_items, verdict
 from studies.two_by_two_predictions import KL_PROBES, MEAN, PREDICTIONS, RIVALS, SAMPLERS, SESOI_SHARE, prediction_id
 
 MAIN_PROBE = "self_exact"
@@ -191,44 +192,59 @@ def draw_gain_and_drop(outcome: Outcome, table: Sequence[Mapping[str, Any]], fol
         axis.set_xscale("log")
         axis.set_xlabel(f"drop: KL(base ‖ model) on {label}\n(nats/token; log scale; further left forgets less)")
     axes[0].set_ylabel("gain: fall of NLL on held-out task answers\n(nats/token; higher learns more)")
-    axes[0].set_title("Gain against drop, all arms at equal steps", loc="left")
+    axes[0].set_title("Gain against drop after equal steps (tokens differ: see the table)", loc="left")
     axes[-1].legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     verdicts = sampler_verdicts(outcome)
     return save(figure, folder, "two_by_two_gain_drop", table, verdicts, outcome.provenance), verdicts
 
 
 def draw_depth(outcome: Outcome, table: Sequence[Mapping[str, Any]], folder: Path) -> Drawn:
-    """Figure (c): relative drift per layer over the steps, task-only beside SA-SFT."""
+    """Figure (c): relative drift per layer at the end, task-only beside SA-SFT (the table has all recorded steps)."""
     names = ("task only", "SA-SFT exact")
     recorded = {(name, seed): drift.load(outcome.folder / name / f"seed{seed}").table.to_pylist()
                 for name in names for seed in range(outcome.seeds)}
     rows = [{"arm": name, "seed": seed, "step": r["step"], "layer": r["layer"], "relative_drift": r["value"]}
             for (name, seed), run in recorded.items() for r in run
             if r["metric"] == "drift/rel" and r["layer"] is not None and r["module"] == ""]
+    value = {(r["arm"], r["seed"], r["step"], r["layer"]): r["relative_drift"] for r in rows}
     steps, layers = sorted({r["step"] for r in rows}), sorted({r["layer"] for r in rows})
-    grids = {name: np.zeros((len(layers), len(steps))) for name in names}
-    for r in rows:
-        grids[r["arm"]][layers.index(r["layer"]), steps.index(r["step"])] += r["relative_drift"] / outcome.seeds
 
-    figure, axes = new_figure(8.0, 3.9, 2, sharey=True)
-    top = max(grid.max() for grid in grids.values()) * 1e3
-    for axis, (name, grid) in zip(axes, grids.items(), strict=True):
-        image = axis.imshow(grid * 1e3, origin="lower", aspect="auto", cmap="cividis", vmin=0, vmax=top)
-        axis.set_xticks(range(len(steps)), steps)
-        axis.set_xlabel("optimiser step")
-        axis.set_title(name, loc="left")
-    axes[0].set_ylabel("layer (0 is next to the input)")
-    figure.colorbar(image, ax=axes, label="drift ‖θ − θ₀‖ / ‖θ₀‖ of a layer (×10⁻³)")
+    def at(name: str, step: int, layer: int) -> NDArray[np.float64]:
+        return np.array([value[name, seed, step, layer] for seed in range(outcome.seeds)])
 
-    ratio = grids[names[1]][:, -1] / grids[names[0]][:, -1]
+    drawn = [{"quantity": name, "step": step, "layer": layer, **_plain(mean_over_seeds(at(name, step, layer)))}
+             for name in names for step in steps for layer in layers]
+    ratios = [mean_over_seeds(at(names[1], steps[-1], layer) / at(names[0], steps[-1], layer)) for layer in layers]
+    drawn += [{"quantity": f"{names[1]} / {names[0]}", "step": steps[-1], "layer": layer, **_plain(e)} for layer, e in zip(layers, ratios, strict=True)]
+
+    figure, (left, right) = new_figure(8.0, 3.9, 2, sharey=True)
+    for k, (name, colour) in enumerate(zip(names, (DARK, MIDDLE), strict=True)):
+        ends = [mean_over_seeds(1e3 * at(name, steps[-1], layer)) for layer in layers]
+        left.errorbar([e.value for e in ends], np.array(layers) + (k - 0.5) * 0.3, xerr=error_bars(ends), fmt=MARKERS[k], markersize=4, color=colour,
+                      markeredgecolor="black", ecolor="grey", elinewidth=0.8, label=name)
+    left.set_xlabel(f"drift ‖θ − θ₀‖ / ‖θ₀‖ of a layer after {steps[-1]} steps (×10⁻³)")
+    left.set_ylabel("layer (0 is next to the input)")
+    left.legend(frameon=False, fontsize=7.5)
+    left.set_title("Drift by depth", loc="left")
+    right.errorbar([e.value for e in ratios], layers, xerr=error_bars(ratios), fmt="o", markersize=4, color=LIGHT, markeredgecolor="black", ecolor="grey",
+                   elinewidth=0.8)
+    right.axvline(1, color="black", linewidth=0.8, linestyle="--")
+    right.set_xlabel(f"the same, {names[1]} over {names[0]}, by seed")
+    right.set_title("What self-data leave of it", loc="left")
+
+    middle = [e.value for e in ratios]
     notes = [{"claim": "none", "statement": "final relative drift of SA-SFT exact over task only, layer by layer",
-              "median": float(np.median(ratio)), "lowest": float(ratio.min()), "highest": float(ratio.max())}]
+              "median": float(np.median(middle)), "lowest": min(middle), "highest": max(middle)}]
     for step in (0, steps[-1]):
         notes += [{"claim": "none", "statement": f"cosine of the expected task and self gradients (noise-corrected), step {step}, "
                                                  "one seed", "value": r["value"], "stderr": r["stderr"]}
                   for r in recorded[names[1], 0]
                   if r["metric"] == "align/cos" and r["layer"] is None and r["step"] == step]
-    return save(figure, folder, "two_by_two_depth", rows, notes, outcome.provenance), []
+    return save(figure, folder, "two_by_two_depth", drawn, notes, outcome.provenance), []
+
+
+def _plain(effect: Effect) -> dict[str, float]:
+    return {"value": effect.value, "low": effect.low, "high": effect.high}
 
 
 def print_report(table: Sequence[Mapping[str, Any]], verdicts: Sequence[Mapping[str, Any]]) -> None:
