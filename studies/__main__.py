@@ -1,4 +1,4 @@
-"""The command line of the studies: ``studies two_by_two``, ``studies lab``, ``studies drift_cost``, ``studies ledger``."""
+"""The command line of the studies: ``studies two_by_two``, ``studies lab``, ``studies forces``, ``studies drift_cost``, ``studies ledger``."""
 
 import sys
 from collections.abc import Sequence
@@ -8,6 +8,7 @@ from importlib import import_module
 COMMANDS = {
     "two_by_two": ("studies.two_by_two", "Does style or content make a model forget? A real model, four cells and their controls."),
     "lab": ("studies.lab.__main__", "The theory's facts and claims on a model so small that all its responses can be enumerated."),
+    "forces": ("studies.forces", "Do a real model's own dialogues exert a force on it before training?"),
     "drift_cost": ("studies.drift_cost", "What one recording of drift costs, from 10 million to a billion parameters."),
     "ledger": ("studies.ledger", "Every prediction, what was found, and the verdict: figures/ledger.md, from the results on disk."),
 }

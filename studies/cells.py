@@ -103,7 +103,7 @@ def build(writer: Writer, settings: DataSettings, folder: Path) -> StudyData:
         encoded = [chat.encode(r.prompt, r.response_ids, finished=r.finished) for r in rows]
         held_out[f"self_{name}"] = encoded[: settings.held_out_self_rows]
         train[f"self_{name}"] = encoded[settings.held_out_self_rows :]
-    train["self_shuffled"] = _shuffled(train["self_exact"], settings.data_seed)
+    train["self_shuffled"] = shuffled(train["self_exact"], settings.data_seed)
     facts = {
         "prompts_kept": len(kept) / len(prompts),
         "old_answers_right": float(np.mean([task.check(by_key[k], old_by_key[k].response) for k in kept])),
@@ -126,7 +126,7 @@ def _encode_gold(chat: Chat, prompt: str, text: str) -> Encoded:
     return chat.encode(({"role": "user", "content": prompt},), text, finished=True)
 
 
-def _shuffled(rows: Sequence[Encoded], seed: int) -> list[Encoded]:
+def shuffled(rows: Sequence[Encoded], seed: int) -> list[Encoded]:
     """The control: every answer's tokens in random order, its end-of-turn token left in place."""
     rng = np.random.default_rng([seed, 1])
     return [row.with_response(rng.permutation(row.response_ids).tolist()) for row in rows]

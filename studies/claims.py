@@ -13,6 +13,7 @@ from typing import Literal
 MODULES = (
     "studies.two_by_two_predictions",
     "studies.lab.predictions",
+    "studies.forces_predictions",
 )
 
 

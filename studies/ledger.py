@@ -166,7 +166,7 @@ def page(entries: Sequence[Entry]) -> str:
         "# Ledger of claims", "",
         "Written by `studies ledger` from the results in this folder and the registered predictions; not to be edited by hand. A "
         "prediction is *supported* if the whole 95 % interval lies where it was expected, *contradicted* if none of it does, else "
-        "*inconclusive*. n: seeds that the interval resamples.", "",
+        "*inconclusive*. n: what the interval resamples, seeds unless it says otherwise.", "",
         f"| claim | | {' | '.join(OUTCOMES)} |", f"|---|---|{'--:|' * len(OUTCOMES)}",
         *(f"| {c.id} | {c.statement} | {' | '.join(str(counts[c.id][o]) for o in OUTCOMES)} |" for c in CLAIMS.values()),
     ]

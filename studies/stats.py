@@ -174,7 +174,7 @@ def judge_range(effect: Effect, low: float, high: float) -> Verdict:
 def verdict(prediction: Prediction, effect: Effect, *, n: int, **conditions: Any) -> dict[str, Any]:
     """The record of a result, as it is written beside a figure; what it says of the prediction follows by :func:`judge`.
 
-    ``n``: the seeds that the interval resamples; ``conditions``: what else a reader should know, such as the number of items.
+    ``n``: the seeds, or what else the interval resamples; ``conditions``: what else a reader should know, such as the number of items.
     """
     if effect.level < LEVEL:
         raise ValueError(f"verdicts need intervals of level {LEVEL} or more, got {effect.level} for {prediction.id}")
