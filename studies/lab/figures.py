@@ -206,17 +206,19 @@ def draw_courses(tables: Mapping[str, Rows], n: int, keep: Save) -> list[Path]:
     """C10: gain against drop on the course of each arm, and what each saves over the task alone at equal gain."""
     arms = tables["arms"]
     chosen = (TASK_ONLY, "task at half rate", "SA-SFT 0.5", "SA-SFT paper", "SA-SFT without a topic", "external 0.5", "external 1.0", "self shuffled")
+    untold = [arm for lam in LAMBDAS if (arm := f"SA-SFT {lam}") not in chosen]  # of these the table speaks alone
     steps = sorted({row["step"] for row in arms})
     figure, axes = new_figure(9.2, 3.9, 2, sharey=True)
     rows = []
     for axis, (metric, unit) in zip(axes, (("kl", "KL of responses, nats/token"), ("content", "KL of what is said, nats/response")), strict=True):
-        for k, arm in enumerate(chosen):
+        for k, arm in enumerate((*chosen, *untold)):
             lost = [mean_over_seeds(column(arms, metric, n, arm=arm, step=step)) for step in steps]
             gained = [mean_over_seeds(column(arms, "gain", n, arm=arm, step=step)) for step in steps]
-            colour = (DARK, MIDDLE, LIGHT)[k % 3]
-            axis.plot([max(e.value, 1e-6) for e in lost[1:]], [e.value for e in gained[1:]], color=colour, linewidth=1, linestyle=("-", "--", ":")[k // 3])
-            axis.errorbar(lost[-1].value, gained[-1].value, xerr=error_bars(lost[-1:]), yerr=error_bars(gained[-1:]), fmt=MARKERS[k], color=colour,
-                          markeredgecolor="black", ecolor="grey", elinewidth=0.8, markersize=6.5, label=arm)
+            if arm in chosen:
+                colour = (DARK, MIDDLE, LIGHT)[k % 3]
+                axis.plot([max(e.value, 1e-6) for e in lost[1:]], [e.value for e in gained[1:]], color=colour, linewidth=1, linestyle=("-", "--", ":")[k // 3])
+                axis.errorbar(lost[-1].value, gained[-1].value, xerr=error_bars(lost[-1:]), yerr=error_bars(gained[-1:]), fmt=MARKERS[k], color=colour,
+                              markeredgecolor="black", ecolor="grey", elinewidth=0.8, markersize=6.5, label=arm)
             rows += [{"arm": arm, "step": step, "metric": metric, "drop": d.value, "drop_low": d.low, "drop_high": d.high, "gain": g.value,
                       "gain_low": g.low, "gain_high": g.high, "saved": "", "saved_low": "", "saved_high": ""}
                      for step, d, g in zip(steps, lost, gained, strict=True)]
@@ -381,7 +383,7 @@ def draw_calibration(tables: Mapping[str, Rows], n: int, keep: Save) -> list[Pat
                            fmt="s" if plain else "o", markersize=4.5, color=LIGHT if plain else DARK, markeredgecolor="black", ecolor="black", capsize=2, linewidth=0.8)
     left.axvline(0, color="black", linewidth=0.6)
     left.set_xscale("symlog", linthresh=1)
-    left.set_yticks(range(len(rows)), [f"{r['quantity']}  ·  {r['estimator']}" for r in rows], fontsize=6.5)
+    left.set_yticks(range(len(rows)), [f"{r['quantity']}  ·  {r['estimator']}  ·  n = {r['rows']}" for r in rows], fontsize=6.5)
     left.invert_yaxis()
     left.set_xlabel("bias, in standard deviations of the estimate\n(symmetric log scale; squares: what others use)")
     right.axvspan(0.93, 0.97, color="0.85")
