@@ -25,12 +25,13 @@ from sasft.costing import (
 )
 from sasft.data import encode_rows, read_rows
 from sasft.evaluation import Answered, EvaluateSettings, Predicted
-from sasft.evaluation.run import choose, make_suite
+from sasft.evaluation.request import taken_apart
+from sasft.evaluation.run import choose, make_suites
 from sasft.evaluation.subject import Subject
 from sasft.mixing import SELF, TASK, Plan
 from sasft.mixture import MixSettings, hold_out, lay_out, plan_of
 from sasft.models import load_model
-from sasft.pipeline import mix_table, parts_of
+from sasft.pipeline import mix_table, parts_of, suites_asked
 from sasft.precision import Precision
 from sasft.probes import run_probes
 from sasft.talk import TalkSettings
@@ -159,17 +160,16 @@ def _training(settings: TrainSettings, found: Reckoned) -> Forecast:
     return Forecast("\n".join(lines), found.seconds)
 
 
-def of_evaluation(settings: EvaluateSettings, suites: str | None = None, loaded: Loaded | None = None) -> Forecast:
+def of_evaluation(settings: EvaluateSettings, suites: Sequence[str] | None = None, loaded: Loaded | None = None) -> Forecast:
     """Evaluation: items and tokens of every suite, and how long reading and writing take."""
     model, tokenizer = loaded or load_model(settings.model, revision=settings.revision)
     chat = Chat(tokenizer)
     subject = Subject(model=model, chat=chat, precision=settings.precision)
     lines, seconds, longest = [], 0.0, 0
-    for name in filter(None, (part.strip() for part in (suites or settings.suites).split(","))):
-        suite = make_suite(name, chat, settings)
+    for suite in make_suites(taken_apart(settings.suites) if suites is None else suites, chat, settings):
         items = choose(suite.items, settings.limit)
         if not items:
-            lines.append(f"{name}: not estimated, since lm-eval reads and batches by itself")
+            lines.append(f"{suite.name}: not estimated, since lm-eval reads and batches by itself")
             continue
         prompts = sorted((suite.prompt_ids(subject, item) for item in items), key=len)
         middle, tokens = prompts[len(prompts) // 2], sum(map(len, prompts))
@@ -184,7 +184,7 @@ def of_evaluation(settings: EvaluateSettings, suites: str | None = None, loaded:
             takes = tokens * passes * measure_reading(model, middle, settings.batch_size, precision)
         longest, seconds = max(longest, len(prompts[-1]) + cap), seconds + takes
         writes = f", up to {len(items) * cap:,} to write; at most" if cap else ";"
-        lines.append(f"{name}: {len(items)} items, {tokens:,} tokens to read{writes} about {duration(takes)}")
+        lines.append(f"{suite.name}: {len(items)} items, {tokens:,} tokens to read{writes} about {duration(takes)}")
     weights = weight_bytes(model) * (1 if settings.base is None else 2)
     lines += [f"time on {model.device.type}: about {duration(seconds)} (a batch of middling prompts and a few written tokens of "
               "each suite were measured)", _running(model, weights, settings.batch_size, longest, settings.precision)]
@@ -214,8 +214,7 @@ def of_run(settings: Any) -> Forecast:
     plan = plan_of({name: [e.loss_tokens for e in rows] for name, rows in encoded.items()}, parts.mix)
     evaluation = None
     if parts.before:
-        asked = ",".join([*([f"answers:{settings.task_test}"] if settings.task_test else []), settings.evaluate_suites])
-        evaluation = of_evaluation(dataclasses.replace(parts.before, training=None), asked, loaded)
+        evaluation = of_evaluation(dataclasses.replace(parts.before, training=None), suites_asked(settings), loaded)
         said.append(("the model before training", evaluation))
     del loaded
     model, _ = load(parts.train)

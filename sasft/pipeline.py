@@ -12,19 +12,21 @@ from pathlib import Path
 from typing import Any
 
 from drift.table import written_whole
+from sasft.data import encode_rows, read_rows
 from sasft.errors import UsageError
 from sasft.evaluation import EvaluateSettings, curve, figure, forgetting, gain_drop
 from sasft.evaluation import run as evaluate
 from sasft.evaluation.forgetting import lower_is_better
+from sasft.evaluation.request import taken_apart
+from sasft.evaluation.run import make_suites
 from sasft.files import ensure_writable, write_json
 from sasft.manifest import claim
 from sasft.mixing import SELF, TASK
-from sasft.mixture import MixSettings, Mixture, make_mixture, read_mixture
+from sasft.mixture import MixSettings, Mixture, load_chat, make_mixture, read_mixture
 from sasft.options import default_of, headed
 from sasft.precision import Precision
 from sasft.processes import first_goes_first, join
 from sasft.settings import option
-from sasft.sources import Source
 from sasft.talk import TalkSettings, talk
 from sasft.terminal import table
 from sasft.train import TrainSettings, train
@@ -129,8 +131,9 @@ def run(settings: Any, say: Callable[[str], None] = print) -> dict[str, Any]:
     parts = parts_of(settings)
     first, out = join(), Path(settings.out)
     say = say if first else lambda text: None
+    with first_goes_first():
+        _check(settings, parts)
     ensure_writable(out)
-    Source.parse(settings.task).sha256()  # raises if it isn't there
     claim(out / "run.json", {name: value for name, value in asdict(settings).items()
                              if name not in _FREE and not name.startswith("evaluate_")})
     report: dict[str, Any] = {}
@@ -162,15 +165,29 @@ def run(settings: Any, say: Callable[[str], None] = print) -> dict[str, Any]:
     return report
 
 
+def _check(settings: Any, parts: Parts) -> None:
+    """Read what lies there before self-dialogues are written, which may take hours; raises :class:`UsageError` for what later parts
+    would refuse in the task's rows, and for suites that can't be made."""
+    chat = load_chat(settings.model, settings.revision)
+    encode_rows(read_rows(settings.task), chat, parts.mix.max_tokens, parts.mix.too_long, parts.mix.turns)
+    if parts.before and (asked := suites_asked(settings)):
+        make_suites(asked, chat, parts.before)
+
+
+def suites_asked(settings: Any) -> list[str]:
+    """The suites that a run's settings name, those of its task first; held-out rows join them once there is a mix."""
+    test = [f"answers:{settings.task_test}"] if settings.task_test else []
+    return list(dict.fromkeys([*test, *taken_apart(settings.evaluate_suites)]))
+
+
 def _suites(settings: Any, mixing: MixSettings, mixture: Mixture) -> tuple[str | None, list[str]]:
     """The suite that measures the gain on the task, if there are rows for it, and all suites, the model's own dialogues among
     them."""
     held_out = {name: f"{mixing.out}/held_out/{name}.jsonl" for name, rows in mixture.held_out.items() if rows}
     test = settings.task_test or held_out.get(TASK)
     gain = f"answers:{test}" if test else None
-    asked = [name.strip() for name in settings.evaluate_suites.split(",") if name.strip()]
     own = [f"rows:{held_out[SELF]}"] if SELF in held_out else []
-    return gain, list(dict.fromkeys([*([gain] if gain else []), *asked, *own]))
+    return gain, list(dict.fromkeys([*([gain] if gain else []), *suites_asked(settings), *own]))
 
 
 def _measure(settings: EvaluateSettings | None, suites: Sequence[str], first: bool, say: Callable[[str], None],
@@ -180,7 +197,7 @@ def _measure(settings: EvaluateSettings | None, suites: Sequence[str], first: bo
     say(f"\n== the model {when} training: {settings.out}")
     with first_goes_first():
         if first:
-            evaluate(dataclasses.replace(settings, suites=",".join(suites)))
+            evaluate(settings, suites)
 
 
 def _compared(before: str, after: str, gain: str | None, suites: Sequence[str], method: str, out: Path) -> dict[str, Any]:

@@ -21,7 +21,8 @@ from tqdm import tqdm
 from sasft.errors import UsageError
 from sasft.evaluation import EvaluateSettings
 from sasft.evaluation import run as run_evaluation
-from sasft.evaluation.run import make_suite
+from sasft.evaluation.request import taken_apart
+from sasft.evaluation.run import make_suites
 from sasft.files import ensure_writable, sha256_file, write_json
 from sasft.manifest import claim
 from sasft.mixture import load_chat
@@ -121,12 +122,10 @@ def _check_files(cells: Sequence[Cell]) -> None:
                     raise UsageError(f"cell {cell.name}: {error}") from None
                 read.add(files)
     for evaluated in evaluations(cells).values():
-        chat = load_chat(evaluated.model, evaluated.revision)
-        for suite in filter(None, map(str.strip, evaluated.suites.split(","))):
-            try:
-                make_suite(suite, chat, evaluated)
-            except UsageError as error:
-                raise UsageError(f"evaluate, {suite}: {error}") from None
+        try:
+            make_suites(taken_apart(evaluated.suites), load_chat(evaluated.model, evaluated.revision), evaluated)
+        except UsageError as error:
+            raise UsageError(f"evaluate: {error}") from None
 
 
 def evaluations(cells: Sequence[Cell]) -> dict[tuple[str, str | None], EvaluateSettings]:

@@ -105,8 +105,7 @@ def evaluate(
     """
     settings = MeasureSettings() if settings is None else settings
     out, chat = Path(out), Chat(tokenizer)
-    made = _make_all(suites, chat, settings)
-    _check(made)
+    made = make_suites(suites, chat, settings)
     subject = Subject(model=model, chat=chat, base=base, precision=settings.precision, temperature=settings.temperature,
                       seed=settings.seed, batch_size=settings.batch_size, max_new_tokens=settings.max_new_tokens)
     _check_models(subject)
@@ -131,8 +130,11 @@ def evaluate(
     return summary
 
 
-def run(settings: EvaluateSettings) -> dict[str, Any]:
-    """Load the model (and the base), evaluate, print the table; returns the summary."""
+def run(settings: EvaluateSettings, suites: Sequence[str] | None = None) -> dict[str, Any]:
+    """Load the model (and the base), evaluate, print the table; returns the summary.
+
+    ``suites`` stand in for those of the settings, whose names a comma would take apart.
+    """
     model, tokenizer = load_model(settings.model, revision=settings.revision)
     base: Base = None
     if settings.base is not None:
@@ -140,7 +142,7 @@ def run(settings: EvaluateSettings) -> dict[str, Any]:
         if other.get_vocab() != tokenizer.get_vocab():
             raise UsageError(f"base {settings.base} has another tokenizer than {settings.model}, and a KL between predictions of "
                              "different tokens means nothing; name the model that it was trained from, or leave base out")
-    summary = evaluate(model, tokenizer, taken_apart(settings.suites), settings.out, settings, base=base)
+    summary = evaluate(model, tokenizer, taken_apart(settings.suites) if suites is None else suites, settings.out, settings, base=base)
     print(table(summary))
     return summary
 
@@ -160,8 +162,9 @@ def make_suite(spec: str, chat: Chat, settings: MeasureSettings) -> Suite:
     return SUITES[name](Request(spec=spec, part=part, shots=n or 0, folder=data_folder(settings.data), chat=chat))
 
 
-def _make_all(suites: Sequence[str | Suite], chat: Chat, settings: MeasureSettings) -> list[Suite]:
-    """Every suite; the sets that are missing are named all at once."""
+def make_suites(suites: Sequence[str | Suite], chat: Chat, settings: MeasureSettings) -> list[Suite]:
+    """Every suite. Raises :class:`UsageError` for what :func:`evaluate` would refuse in them, so that it can be told before other
+    work; the sets that are missing are named all at once."""
     made, missing = [], []
     for suite in suites:
         try:
@@ -170,6 +173,7 @@ def _make_all(suites: Sequence[str | Suite], chat: Chat, settings: MeasureSettin
             missing.append(str(error))
     if missing:
         raise MissingSet("\n".join(missing))
+    _check(made)
     return made
 
 
@@ -299,4 +303,5 @@ def _contaminated(items: Sequence[Item], settings: MeasureSettings) -> list[str]
     asked = {item.id: item.asked for item in items if item.asked}
     if settings.training is None or not asked:
         return None
-    return contaminated(asked, (row for name in taken_apart(settings.training) for row in read_rows(name)))
+    names = [settings.training] if Path(settings.training).exists() else taken_apart(settings.training)
+    return contaminated(asked, (row for name in names for row in read_rows(name)))

@@ -11,8 +11,10 @@ import pytest
 import sasft.pipeline
 from sasft.data import read_rows
 from sasft.data_quality import QualityLimits
+from sasft.dryrun import of_run
 from sasft.errors import UsageError
 from sasft.evaluation import forgetting
+from sasft.evaluation.sources import FOLDER_VARIABLE
 from sasft.mixture import read_mixture
 from sasft.pipeline import RunSettings, parts_of, run
 from tests.sasft import tiny_chat
@@ -144,7 +146,31 @@ def test_contradictory_settings_are_refused_before_any_work(settings, kwargs, me
     assert not (tmp_path / "run").exists()
 
 
-def test_a_task_that_is_not_there_is_named_before_any_work(settings, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="none.jsonl can't be read"):
-        run(settings(task=str(tmp_path / "none.jsonl")), quiet)
-    assert not (tmp_path / "run" / "self.jsonl").exists()
+@pytest.mark.parametrize("kwargs, message", [
+    ({"task": "none.jsonl"}, "none.jsonl can't be read"),
+    ({"task": "bad.jsonl"}, "bad.jsonl, line 1: the columns found, 'q', make none of the shapes needed"),
+    ({"mix_max_tokens": 20}, "24 of 24 rows have more than max_tokens=20 tokens"),
+    ({"task_test": "none.jsonl"}, "none.jsonl can't be read"),
+    ({"evaluate_suites": "instructions,gsm8k,mmlu"}, r"GSM8K \(test\) is missing: .*\nMMLU \(test\) is missing: "),
+    ({"evaluate_suites": "instructions,magic"}, "there is no suite 'magic'"),
+])
+def test_what_is_not_there_is_named_before_any_work(settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kwargs, message) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv(FOLDER_VARIABLE, raising=False)
+    monkeypatch.setitem(sys.modules, "datasets", None)  # no hub
+    (tmp_path / "bad.jsonl").write_text('{"q": "Hi"}\n')
+    with pytest.raises(UsageError, match=message):
+        run(settings(**kwargs), quiet)
+    assert not (tmp_path / "run").exists()
+
+
+def test_names_of_files_may_hold_commas(settings, tmp_path: Path) -> None:
+    (tmp_path / "a,b").mkdir()
+    test = tmp_path / "a,b" / "x, y.jsonl"
+    test.write_text('{"prompt": "Hi", "response": "Yo"}\n')
+    own = f"answers:{tmp_path}/own.jsonl:prompt=q,response=a"
+    (tmp_path / "own.jsonl").write_text('{"q": "Hi", "a": "Yo"}\n' * 2)
+    given = settings(out=str(tmp_path / "a,b" / "run,1"), task_test=str(test), evaluate_suites=f"instructions,{own}")
+    assert f"answers:{test}: 1 items" in of_run(given).text
+    found = {f["suite"]: f["n"] for f in run(given, quiet)["forgetting"]}
+    assert found == {f"answers:{test}": 1, "instructions": 4, own: 2, f"rows:{given.out}/mix/held_out/self.jsonl": 3}

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -19,6 +20,7 @@ from sasft.dryrun import Forecast, Reckoned, of_training
 from sasft.errors import UsageError
 from sasft.evaluation import EvaluateSettings
 from sasft.evaluation import run as evaluation
+from sasft.evaluation.sources import FOLDER_VARIABLE
 from sasft.files import sha256_file
 from sasft.models import load_model, weights_hash
 from sasft.sweep import SweepSettings, sweep
@@ -113,15 +115,25 @@ def test_what_fails_stops_no_other_and_is_tried_again(folder: Path, here: list[s
 @pytest.mark.parametrize(("changed", "message"), [
     ({"task": ["one.jsonl", "none.jsonl"]}, r"cell sft,task=none: .*none.jsonl can't be read"),
     ({"general_text": ["model/config.json", "none.txt"]}, r"cell sft,general_text=none: .*none.txt can't be read"),
-    ({"evaluate": {"suites": "text, rows:none.jsonl"}}, r"evaluate, rows:none.jsonl: none.jsonl can't be read"),
+    ({"evaluate": {"suites": "text, rows:none.jsonl"}}, r"evaluate: none.jsonl can't be read"),
+    ({"evaluate": {"suites": "gsm8k, piqa"}}, r"evaluate: GSM8K \(test\) is missing: .*\nPIQA .*is missing: "),
 ])
 def test_files_that_cannot_be_read_are_told_before_any_cell_begins(folder: Path, here: list[str], monkeypatch, changed: dict, message: str) -> None:
     monkeypatch.chdir(folder)
+    monkeypatch.delenv(FOLDER_VARIABLE, raising=False)
+    monkeypatch.setitem(sys.modules, "datasets", None)  # no hub
     settings = plan(folder, **{"task": "one.jsonl", **changed})
     for action in (sweep, of_sweep):
         with pytest.raises(UsageError, match=message):
             action(settings)
     assert not here and not (folder / "sweep").exists()
+
+
+def test_suites_of_a_sweep_may_name_columns(folder: Path, here: list[str]) -> None:
+    (folder / "test.jsonl").write_text('{"q": "Say", "a": "well"}\n')
+    settings = plan(folder, lam=0, evaluate={"suites": f"answers:{folder}/test.jsonl:prompt=q,response=a,instructions", "limit": 1, "max_new_tokens": 2})
+    assert "answers:" in of_sweep(settings).text and not sweep(settings).failed
+    assert {"instructions", f"answers:{folder}/test.jsonl:prompt=q,response=a"} <= {row["suite"] for row in rows_of(folder)}
 
 
 def test_cells_that_never_began_are_not_held_to_their_settings(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,7 +178,7 @@ def test_cells_that_are_there_with_other_settings_or_data_are_refused(folder: Pa
 
 
 @pytest.mark.parametrize(("changed", "message"), [
-    ({"lr": [1e-3, -1]}, r"plan.yaml, sft,lr=-1: lr must be > 0, got -1.0"),
+    ({"lr": [1e-3, -1]}, r"plan.yaml, sft,lr=-1: lr must be > 0.*, got -1.0"),
     ({"lr": "fast"}, r"plan.yaml, sft: argument --lr: invalid float value: 'fast'"),
     ({"steps": 2.5}, "argument --steps: invalid int value: '2.5'"),
     ({"save_model": "perhaps"}, "argument --save_model.*: .* got perhaps"),
