@@ -5,7 +5,7 @@ r"""Do a real model's own dialogues exert a force on it before training? C1 beyo
 Kinds of data are compared by :math:`\lVert\mathbb E g\rVert^2`, the squared norm of the expected gradient at θ₀ of a row's summed loss, as a share of the
 task's. F1 says that it is 0 for answers sampled exactly from the model; the mean gradient of any sample is not, because of noise, so that only an estimate
 without that noise can tell (:func:`drift.alignment.mean_inner`). Rows' gradients are compared by sketches (:class:`drift.Sketch`), which leave expected products
-as they are and add a few per cent of error to them. Intervals resample rows: Student's, with jackknife errors.
+as they are and add a few per cent of error to them. Intervals resample rows: Student's, with jackknife errors, which are √2 too large where there is no force.
 
 ``studies/forces_predictions.py`` says what was predicted. What is drawn from the model and every kind's sketches are kept in ``--runs``, so that a stopped run goes on.
 """
@@ -98,7 +98,7 @@ def run(settings: Settings, home: Path, figures: Path) -> None:
     table = measure(values)
     provenance = {**identity, "loss_tokens_a_row": {name: float(np.mean([r.loss_tokens for r in rows])) for name, rows in sources.items()},
                   "versions": versions()}
-    verdicts = judged(table, settings.rows)
+    verdicts = judged(table)
     paths = draw(table, verdicts, provenance, figures)
     for v in verdicts:
         print(f"{v['claim']:<4}{v['verdict']:<13}{v['value']:>8.3f} [{v['low']:.3f}, {v['high']:.3f}] {v['unit']:<22}{v['statement']}")
@@ -119,7 +119,7 @@ def build(writer: Writer, settings: Settings, folder: Path) -> dict[str, list[En
     return {
         TASK: [chat.encode(({"role": "user", "content": f"{p.question} {ONE_SENTENCE}"},), task.worked(p), finished=True) for p in problems],
         EXACT_SELF: own["exact"], PAPER_SELF: own["paper"],
-        RESTYLED: [chat.encode(r.prompt, restyle(r.response, settings.style), finished=r.finished) for r in written["exact"]],
+        RESTYLED: [chat.encode(r.prompt, restyle(r.response, settings.style), finished=r.finished) for r in written["exact"] if r.response.strip()],
         SHUFFLED: shuffled(own["exact"], settings.data_seed),
     }
 
@@ -172,21 +172,24 @@ def ratio_error(a: float, a_error: float, b: float, b_error: float) -> float:
     return math.hypot(a_error / b, a * b_error / b**2)
 
 
-def judged(table: Mapping[str, Mapping[str, Any]], n: int) -> list[dict[str, Any]]:
+def interval(value: float, error: float, n: int) -> Effect:
+    """Student's, of an estimate from n rows."""
+    reach = float(stdtrit(n - 1, (1 + LEVEL) / 2)) * error
+    return Effect(value, value - reach, value + reach)
+
+
+def judged(table: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The verdict on every prediction."""
-    reach = float(stdtrit(n - 1, (1 + LEVEL) / 2))
-
-    def effect(value: float, error: float) -> Effect:
-        return Effect(value, value - reach * error, value + reach * error)
-
-    def share(name: str) -> Effect:
-        return effect(table[name]["share"], table[name]["share_error"])
+    def share(name: str) -> tuple[Effect, int]:
+        row = table[name]
+        return interval(row["share"], row["share_error"], row["rows"]), row["rows"]
 
     exact, paper, task = (table[name] for name in (EXACT_SELF, PAPER_SELF, TASK))
     difference, error = paper["norm2"] - exact["norm2"], math.hypot(paper["norm2_error"], exact["norm2_error"])
-    more = effect(difference / task["norm2"], ratio_error(difference, error, task["norm2"], task["norm2_error"]))
+    n = min(exact["rows"], paper["rows"])
+    more = interval(difference / task["norm2"], ratio_error(difference, error, task["norm2"], task["norm2_error"]), n), n
     found = {"exact": share(EXACT_SELF), "paper": more, "paper below task": share(PAPER_SELF), "foreign style": share(RESTYLED), "shuffled": share(SHUFFLED)}
-    return [verdict(p, found[p.id.rsplit("/", 1)[1]], n=n, resampled="rows") for p in PREDICTIONS]
+    return [verdict(p, effect, n=n, resampled="rows") for p in PREDICTIONS for effect, n in (found[p.id.rsplit("/", 1)[1]],)]
 
 
 def draw(table: Mapping[str, Mapping[str, Any]], verdicts: Sequence[Mapping[str, Any]], provenance: Mapping[str, Any], folder: Path) -> list[Path]:
@@ -194,8 +197,7 @@ def draw(table: Mapping[str, Mapping[str, Any]], verdicts: Sequence[Mapping[str,
     figure, axis = new_figure(7.6, 3.2)
     rows = sorted(table.values(), key=lambda row: row["share"])
     for place, row in enumerate(rows):
-        reach = float(stdtrit(row["rows"] - 1, (1 + LEVEL) / 2)) * row["share_error"]
-        e = Effect(row["share"], row["share"] - reach, row["share"] + reach)
+        e = interval(row["share"], row["share_error"], row["rows"])
         axis.plot(row["uncorrected"], place, "s", markersize=6, color="white", markeredgecolor="black", label=None if place else "‖mean g‖², noise included")
         axis.errorbar(e.value, place, xerr=error_bars([e]), fmt="o", markersize=6, color=LIGHT if row["source"] == EXACT_SELF else MIDDLE if row["source"] == TASK else DARK,
                       markeredgecolor="black", ecolor="black", capsize=3, linewidth=1, label=None if place else "‖E g‖², without noise")
