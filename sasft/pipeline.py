@@ -70,7 +70,7 @@ RunSettings = dataclasses.make_dataclass("RunSettings", [
     *_fields(MixSettings, "mix", {"out", "sources", "shares", "like", "equal", "shuffle", *_COMMON}),
     *_fields(TrainSettings, "train", {"out", "mix", "task", "self_data", "lam", "steps", "rows_per_step", "max_tokens",
                                       "too_long", "probe_rows", "save_model", *_COMMON}),
-    *_fields(EvaluateSettings, "evaluate", {"out", "model", "revision", "base", "training"}),
+    *_fields(EvaluateSettings, "evaluate", {"out", "model", "revision", "base", "base_revision", "training"}),
 ], kw_only=True)
 RunSettings.__doc__ = """Self-dialogues, mix, training, and evaluation before and after, in one command and one folder.
 
@@ -117,7 +117,7 @@ def parts_of(settings: Any) -> Parts:
         return Parts(talking, mixing, training, None, None)
     before = _part(EvaluateSettings, "evaluate", settings, out=str(out / "before"), training=str(out / "mix" / "rows.jsonl"))
     after = dataclasses.replace(before, model=str(out / "train" / "model"), revision=None, out=str(out / "after"),
-                                base=settings.model if settings.revision is None else None)
+                                base=settings.model, base_revision=settings.revision)
     return Parts(talking, mixing, training, before, after)
 
 

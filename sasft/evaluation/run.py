@@ -72,11 +72,15 @@ class EvaluateSettings(MeasureSettings):
                                                         f"{', '.join(SUITES)}, lm_eval")
     out: str = option("", "folder of the results; results already there are kept, and the run goes on after them")
     base: str | None = option(None, "model to which KL is measured, or 'without adapters'")
+    base_revision: str | None = option(None, "revision of base, where that is a hub model")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.out:
             raise UsageError("out is missing: name a folder for the results")
+        if self.base_revision is not None and self.base in (None, NO_ADAPTERS):
+            raise UsageError(f"base_revision is {self.base_revision!r}, but base names no model; name the hub model whose revision it is, or "
+                             "leave base_revision out")
 
 
 def evaluate(
@@ -138,7 +142,7 @@ def run(settings: EvaluateSettings, suites: Sequence[str] | None = None) -> dict
     model, tokenizer = load_model(settings.model, revision=settings.revision)
     base: Base = None
     if settings.base is not None:
-        base, other = (NO_ADAPTERS, tokenizer) if settings.base == NO_ADAPTERS else load_model(settings.base)
+        base, other = (NO_ADAPTERS, tokenizer) if settings.base == NO_ADAPTERS else load_model(settings.base, revision=settings.base_revision)
         if other.get_vocab() != tokenizer.get_vocab():
             raise UsageError(f"base {settings.base} has another tokenizer than {settings.model}, and a KL between predictions of "
                              "different tokens means nothing; name the model that it was trained from, or leave base out")

@@ -125,6 +125,8 @@ def test_options_reach_their_parts(settings) -> None:
     assert parts.train.mix == parts.mix.out and parts.train.chosen_method().describe() == {"name": "l2-sp", "weight": 2.0}
     assert (parts.before.temperature, parts.before.seed, parts.after.base) == (0.5, 9, given.model)
     assert replace(parts.after, model=given.model, out=parts.before.out, base=None) == parts.before
+    after = parts_of(settings(model="org/name", revision="v1")).after
+    assert (after.revision, after.base, after.base_revision) == (None, "org/name", "v1")
 
 
 @pytest.mark.parametrize("kwargs, message", [

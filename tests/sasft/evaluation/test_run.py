@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import shutil
+import sys
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -202,6 +203,24 @@ def test_a_base_of_another_tokenizer_is_refused(tmp_path: Path) -> None:
     tiny_chat.tokenizer(specials=tiny_chat.SPECIALS[::-1]).save_pretrained(base)  # as many, in another order
     with pytest.raises(UsageError, match="has another tokenizer than .*, and a KL between predictions of different tokens"):
         run(EvaluateSettings(model=str(model), base=str(base), suites="text", out=str(tmp_path / "out")))
+
+
+def test_a_base_may_have_a_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = []
+
+    def load(name: str, revision: str | None = None):
+        loaded.append((name, revision))
+        return tiny_chat.chatty(), tiny_chat.tokenizer()
+
+    monkeypatch.setattr(sys.modules["sasft.evaluation.run"], "load_model", load)
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "Say", "response": "well"}\n')
+    given = {"suites": f"rows:{tmp_path}/rows.jsonl", "out": str(tmp_path / "out")}
+    found = run(EvaluateSettings(model="org/tuned", base="org/name", base_revision="v1", **given))
+    assert loaded == [("org/tuned", None), ("org/name", "v1")]
+    assert "kl/base_model" in found["suites"][given["suites"]]["scores"]
+    for base in (None, "without adapters"):
+        with pytest.raises(UsageError, match="base_revision is 'v1', but base names no model"):
+            EvaluateSettings(base=base, base_revision="v1", **given)
 
 
 def test_questions_in_training_rows_are_told(folder: Path) -> None:
