@@ -1,6 +1,7 @@
 """Training a model in hand on a plan, by any objective of :mod:`sasft.methods`, on transformers' Trainer."""
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -25,7 +26,7 @@ from sasft.methods import Objective, response_loss
 from sasft.mixing import Plan
 from sasft.packing import check_rows_apart
 from sasft.precision import Precision, autocast, resolved
-from sasft.processes import sharding_asked
+from sasft.processes import gathered, own_part, sharding_asked
 from sasft.settings import option
 
 _COSTS = "costs.json"  # of a method, in a checkpoint
@@ -55,8 +56,8 @@ class FitSettings:
     seed: int = option(0, "seed of everything random: row order, adapters, dropout")
 
     def __post_init__(self) -> None:
-        if not self.lr > 0:
-            raise UsageError(f"lr must be > 0, got {self.lr}")
+        if not 0 < self.lr < math.inf:
+            raise UsageError(f"lr must be > 0 and finite, got {self.lr}")
         if self.loss not in ("sum", "mean"):
             raise UsageError(f"loss must be sum or mean, got {self.loss!r}")
         self.precision = resolved(self.precision)  # what a run's identity tells
@@ -126,6 +127,31 @@ class _Trainer(transformers.Trainer):
             costs[name] += int(everyone) - own
         self.spent.clear()
 
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm)
+        self.check_finite(f"step {self.state.global_step + 1}", {"loss": self._tr_loss, "gradient norm": gathered(norm)})
+        return norm
+
+    def check_weights(self) -> None:
+        """The last step's weights, which no loss has been computed with."""
+        parts = [own_part(p).detach() for p in self.model.parameters() if p.requires_grad]
+        largest = torch.stack([torch.zeros_like(self._tr_loss), *(part.abs().amax().to(self._tr_loss) for part in parts if part.numel())])
+        self.check_finite(f"step {self.state.global_step}", {"largest weight": largest.amax()})
+
+    def check_finite(self, when: str, found: Mapping[str, torch.Tensor]) -> None:
+        """Raise :class:`UsageError` in all processes for numbers that are not finite in one of them."""
+        sums = self.accelerator.reduce(torch.stack([value.detach().float() for value in found.values()])).tolist()
+        if bad := [f"the {name} is {value}" for name, value in zip(found, sums, strict=True) if not math.isfinite(value)]:
+            raise self.diverged(f"{when}: {', '.join(bad)}")
+
+    def diverged(self, what: str) -> UsageError:
+        """The error that says since when, and what helps."""
+        if not self.state.global_step:
+            return UsageError(f"{what}, though nothing is trained yet; look at the model's weights, the precision and the rows")
+        losses = [f"{entry['loss']:.4g}" for entry in self.state.log_history if "loss" in entry]
+        return UsageError(f"training has diverged, {what}; the losses until then: {', '.join(losses[-3:]) or 'none'}. Lower lr "
+                          f"({self.settings.lr:g}) or raise warmup_steps ({self.settings.warmup_steps}). What was recorded before stays")
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.objective is not None:
@@ -154,6 +180,11 @@ class _Progress(ProgressCallback):
         if self.training_bar is not None and "loss" in (logs or {}):
             self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}")
 
+    def close(self) -> None:
+        """Leave the line to what an error says."""
+        if self.training_bar is not None:
+            self.training_bar.close()
+
 
 def fit(
     model: nn.Module,
@@ -179,7 +210,9 @@ def fit(
     (:func:`sasft.processes.trained_weights` gathers them).
 
     Raises :class:`UsageError` if the plan reads rows that there are not, if the model does not keep packed rows apart, or if
-    the objective can't do with packing, activation checkpointing, sharded weights or gradients by source.
+    the objective can't do with packing, activation checkpointing, sharded weights or gradients by source. Also, in all processes,
+    before a step is taken whose loss or gradient norm is not finite, or where a recording or the last step's weights show that
+    training has diverged; what was recorded and saved before stays.
     """
     check_reads(plan, rows)
     sources = [p for c in callbacks if isinstance(c, DriftCallback) for p in c.probes if isinstance(p, SourceGradients)]
@@ -198,6 +231,7 @@ def fit(
         seed=settings.seed,
         logging_steps=1,
         logging_first_step=True,
+        logging_nan_inf_filter=False,  # which would log 0 in their place
         save_strategy="steps" if settings.save_every else "no",
         save_steps=settings.save_every or 1,
         save_total_limit=1,
@@ -220,13 +254,18 @@ def fit(
     _check_sharding(trainer)
     trainer.remove_callback(ProgressCallback if progress else transformers.PrinterCallback)
     if progress:
-        trainer.add_callback(_Progress)
+        trainer.add_callback(bar := _Progress())
     last = _last_checkpoint(Path(args.output_dir))
     if last is not None and objective is not None:
         vars(objective.costs).update(json.loads((last / _COSTS).read_text(encoding="utf-8")))
     try:
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        trainer.check_weights()
+    except FloatingPointError as error:  # of an instrument
+        raise trainer.diverged(f"after step {trainer.state.global_step}: {error}") from error
     finally:
+        if progress:
+            bar.close()
         if settings.activation_checkpointing:
             model.activation_checkpointing_disable()
             model.disable_input_require_grads()

@@ -108,6 +108,17 @@ def refusal(action) -> str:
     return str(caught.value)
 
 
+def one_loss_is_not_a_number(out: Path) -> None:
+    """In the second process, whose gradients are as they should be."""
+    trainer = sys.modules["sasft.trainer"]
+    whole = trainer.response_loss
+    trainer.response_loss = lambda *args: whole(*args) + (float("nan") if dist.get_rank() else 0.0)
+    try:
+        train_one(out, "sft", False, micro_rows=1)
+    finally:
+        trainer.response_loss = whole
+
+
 def work(folder: Path) -> None:
     torch.set_num_threads(1)
     gc.freeze()  # as in conftest.py
@@ -135,6 +146,7 @@ def work(folder: Path) -> None:
     sharding(False)
     found["files"]["ddp"] = from_files(folder, folder / "ddp-files", record_every=2)
     moved, steps, _ = train_one(folder / "moved", "sft", False, micro_rows=1, save_every=1)
+    found["refused"]["diverged"] = refusal(lambda: one_loss_is_not_a_number(folder / "diverged"))
     found["moved"] = {"weights": trained_weights(moved), "steps": steps}
     torch.save(found, folder / f"found-{dist.get_rank()}.pt")
     dist.destroy_process_group()
@@ -227,6 +239,10 @@ def test_two_processes_go_on_where_one_was_stopped(both, tmp_path: Path) -> None
 ])
 def test_what_sharded_weights_do_not_allow_is_refused(what: str, message: str, both) -> None:
     assert all(message in found["refused"][what] for found in both)
+
+
+def test_processes_stop_together_if_the_loss_of_one_is_not_finite(both) -> None:
+    assert [found["refused"]["diverged"].partition(",")[0] for found in both] == ["step 1: the loss is nan"] * 2
 
 
 def test_sharding_without_processes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -122,6 +122,57 @@ def test_a_stopped_run_ends_where_a_whole_one_does(tmp_path: Path) -> None:
     assert distance(whole, resumed) == 0 and rest == losses
 
 
+def broken_from(step: int, monkeypatch: pytest.MonkeyPatch, break_) -> None:
+    """From some step on, whose number is that of the calls, losses are what ``break_`` makes of them."""
+    calls = []
+
+    def loss(model, batch):
+        calls.append(1)
+        return break_(model, response_loss(model, batch)) if len(calls) >= step else response_loss(model, batch)
+
+    monkeypatch.setattr(TRAINER, "response_loss", loss)
+
+
+@pytest.mark.parametrize("break_, what", [
+    (lambda model, loss: loss * float("nan"), "the loss is nan, the gradient norm is nan"),
+    (lambda model, loss: loss + float("inf"), "the loss is inf"),
+    (lambda model, loss: loss + (0 * next(model.parameters()).sum()).sqrt(), "the gradient norm is nan")])
+def test_a_step_that_is_not_finite_is_not_taken(break_, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the folder goes on as that of a run that was stopped there."""
+    def recorded(name: str, steps: int = 6):
+        model = tiny_chat.chatty()
+        callback = drift.DriftCallback(tmp_path / name, every=1, reference=drift.Reference.snapshot(model))
+        data = rows()
+        log = fit(model, data, plan_of(data, steps=steps), FitSettings(**{**SETTINGS, "save_every": 2}), pad_id=0, out=tmp_path / name,
+                  callbacks=[callback], progress=False)
+        return model, [e["loss"] for e in log if "loss" in e]
+
+    whole, losses = recorded("whole")
+    broken_from(4, monkeypatch, break_)
+    with pytest.raises(UsageError, match=f"training has diverged, step 4: {what}; the losses until then: {losses[0]:.4g}, .*{losses[2]:.4g}. "
+                                         r"Lower lr \(0.01\) or raise warmup_steps \(0\)"):
+        recorded("parts")
+    assert set(drift.load(tmp_path / "parts").table["step"].to_pylist()) == {0, 1, 2, 3}
+    assert [p.name for p in (tmp_path / "parts" / "checkpoints").iterdir()] == ["checkpoint-2"]
+    monkeypatch.undo()
+    resumed, rest = recorded("parts")
+    assert distance(whole, resumed) == 0 and rest == losses
+
+
+def test_weights_that_the_last_step_has_broken_are_not_handed_on(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="training has diverged, step 1: the largest weight is (nan|inf); the losses until then: 3"):
+        run(tmp_path, steps=1, lr=1e39)
+
+
+def test_a_model_that_is_broken_to_begin_with_is_not_said_to_diverge(tmp_path: Path) -> None:
+    model, data = tiny_chat.chatty(), rows()
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = float("nan")
+    for callbacks, message in (([], "step 1: the loss is nan"), ([drift.DriftCallback(None)], "after step 0: the drift is not finite")):
+        with pytest.raises(UsageError, match=f"^{message}.*, though nothing is trained yet; look at the model's weights"):
+            fit(model, data, plan_of(data), FitSettings(**SETTINGS), pad_id=0, out=tmp_path, callbacks=callbacks, progress=False)
+
+
 def test_bf16_leaves_the_weights_in_float32(tmp_path: Path) -> None:
     model, _ = run(tmp_path, precision="bf16")
     assert {p.dtype for p in model.parameters()} == {torch.float32}
@@ -208,6 +259,15 @@ def test_another_configuration_in_the_same_folder_is_refused(folder: Path) -> No
         train(settings(folder))
 
 
+@pytest.mark.parametrize("record_every, message", [(0, "step 2: the loss is nan"), (1, "after step 1: probe 'task': log-probabilities")])
+def test_a_run_that_diverges_is_not_finished(folder: Path, record_every: int, message: str) -> None:
+    for _ in range(2):
+        with pytest.raises(UsageError, match=f"training has diverged, {message}"):
+            train(settings(folder, lr=1e30, record_every=record_every))
+    assert not (folder / "run" / "summary.json").exists() and not (folder / "run" / "model").exists()
+    assert (folder / "run" / "drift").exists() == bool(record_every)
+
+
 def test_an_interrupted_run_from_files_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = train(settings(folder, out=str(folder / "whole")))
     original = response_loss
@@ -278,7 +338,9 @@ def test_what_is_measured_on_is_set_aside_before_a_method_makes_rows(folder: Pat
     ({"lam": 0.5, "self_data": None}, "lam is 0.5, but self_data names no file; write self-dialogues with `sasft talk`"),
     ({"task": ""}, "task is missing"),
     ({"out": ""}, "out is missing"),
-    ({"lr": 0.0}, "lr must be > 0, got 0.0"),
+    ({"lr": 0.0}, "lr must be > 0 and finite, got 0.0"),
+    ({"lr": float("inf")}, "lr must be > 0 and finite, got inf"),
+    ({"lr": float("nan")}, "lr must be > 0 and finite, got nan"),
     ({"loss": "median"}, "loss must be sum or mean, got 'median'"),
     ({"precision": "fp8"}, "precision must be auto, bf16 or fp32, got 'fp8'"),
     ({"lora_alpha": 32.0}, "lora_alpha=32.0 is for adapters, but lora_rank is 0"),
