@@ -14,7 +14,7 @@ def claim(path: Path, identity: Mapping[str, Any], beside: Mapping[str, Any] | N
 
     ``beside``: what is written with it, under names of its own, and not compared; the identity then stands under ``identity``.
 
-    Values are compared as JSON has them. Raises :class:`UsageError`.
+    Values are compared as JSON has them. Raises :class:`UsageError`, also if ``path`` is something else's.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -30,8 +30,14 @@ def claim(path: Path, identity: Mapping[str, Any], beside: Mapping[str, Any] | N
     if not path.exists():
         write_json(path, now if beside is None else {"identity": now, **beside})
         return
-    found = json.loads(path.read_text(encoding="utf-8"))
-    if differing := differences(found if beside is None else found["identity"], now):
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        before = dict(found if beside is None else found["identity"])
+    except (OSError, ValueError, TypeError, KeyError):
+        before = {}
+    if not before.keys() & now.keys():
+        raise UsageError(f"{path} is not the {path.name} of such a run, so {path.parent} holds something else; name another folder")
+    if differing := differences(before, now):
         raise UsageError(f"{path.parent} holds another run ({'; '.join(differing)}); name another folder, or remove this one")
 
 
