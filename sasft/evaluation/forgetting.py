@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from sasft.errors import UsageError
-from sasft.evaluation.intervals import LEVEL, Array, Estimate, chance_adjusted, mcnemar, ratio_parts
+from sasft.evaluation.intervals import LEVEL, Array, Estimate, chance_adjusted, is_share, mcnemar, ratio_parts, share_interval
 from sasft.evaluation.summary import Record, cluster_of, read_records
 
 Folder = Path | str
@@ -29,9 +29,10 @@ class Forgetting:
     given.
 
     ``change`` = after − before; ``low`` to ``high`` is its paired interval (:meth:`Estimate.interval`: under other items, and
-    other seeds if there are several; items of one passage or question go together). ``drop``: the change for the worse, so
-    −change, or change itself where lower is better (NLL, KL). For items that are right or wrong (None otherwise), means over
-    the seeds, and paired intervals of the same kind, which are too narrow where only a few items flip:
+    other seeds if there are several; items of one passage or question go together; for items that are right or wrong
+    :meth:`Estimate.of_flips`). ``drop``: the change for the worse, so −change, or change itself where lower is better (NLL, KL).
+    For items that are right or wrong (None otherwise), means over the seeds, and their intervals
+    (:func:`sasft.evaluation.intervals.share_interval`):
 
     - ``lost`` and ``gained``: shares of items that went 1→0 and 0→1; ``change = gained − lost``;
     - ``lost_unfinished``: the part of ``lost`` whose later answer the length cap has cut, so that it need not be forgotten;
@@ -97,9 +98,10 @@ def compared(before: Sequence[Records], after: Sequence[Records], suite: str, me
     old, new = (np.array([[_score(r, metric, suite) for r in pair[side]] for pair in pairs], dtype=float) for side in (0, 1))
     (was, parts_old), (now, parts_new) = (ratio_parts(scores[..., 0], scores[..., 1]) for scores in (old, new))
     clusters = [f"{suite}/{cluster_of(r)}" for r in before[0]]
-    change = Estimate.of(now - was, parts_new - parts_old, clusters)
+    binary = all(is_share(scores[..., 0], scores[..., 1]) for scores in (old, new))
+    change = (Estimate.of_flips(new[..., 0] - old[..., 0], clusters) if binary
+              else Estimate.of(now - was, parts_new - parts_old, clusters))
     low, high = change.interval(level)
-    binary = all(np.isin(scores[..., 0], (0, 1)).all() and (scores[..., 1] == 1).all() for scores in (old, new))
     flips = _flips(pairs, old[..., 0], new[..., 0], clusters, suite, choices, level) if binary else {}
     return Forgetting(suite=suite, metric=metric, n=old.shape[1], seeds=len(old), before=was, after=now, change=now - was,
                       low=low, high=high, level=level, drop=now - was if lower_is_better(metric) else was - now,
@@ -117,14 +119,15 @@ def _flips(pairs: Sequence[tuple[Records, Records]], old: Array, new: Array, clu
     cut = np.array([[r.get("finished") is False for r in later] for _, later in pairs])
     lost, gained = old * (1 - new), new * (1 - old)
     a, b = old.mean(1, keepdims=True), new.mean(1, keepdims=True)  # the accuracies of every seed
-    found = {name: Estimate.of(float(share.mean()), (share - share.mean()) / share.size, clusters).interval(level)
-             for name, share in (("lost", lost), ("gained", gained))}
+    found = {name: share_interval(share, clusters, level) for name, share in (("lost", lost), ("gained", gained))}
     guessed = ((1 - b) * (old - a) + (1 - a) * (new - b)) / (k - 1) if k else 0.0  # derivative of −(1 − a)(1 − b)/(k − 1)
     adjusted = {name: float(np.mean([chance_adjusted(f, x, y, k)
                                      for f, x, y in zip(share.mean(1), a[:, 0], b[:, 0], strict=True)]))
                 for name, share in (("lost", lost), ("gained", gained))}
     parts = (lost - lost.mean() + guessed) / lost.size
-    bounds = Estimate.of(adjusted["lost"], parts, clusters).interval(level)
+    beyond = Estimate.of(adjusted["lost"], parts, clusters)
+    taken_off = float(lost.mean()) - adjusted["lost"]
+    bounds = beyond.interval(level) if k and not beyond.vanishes else [bound - taken_off for bound in found["lost"]]
     return {"choices": k, "lost": float(lost.mean()), "lost_interval": found["lost"], "gained": float(gained.mean()),
             "gained_interval": found["gained"], "lost_unfinished": float((lost * cut).mean()),
             "lost_adjusted": adjusted["lost"], "lost_adjusted_interval": (max(bounds[0], 0.0), max(bounds[1], 0.0)),

@@ -49,7 +49,8 @@ def gain_drop(base: Folder, methods: Mapping[str, Sequence[Folder] | Mapping[Any
 def _turned(change: Estimate, minus: bool) -> Estimate:
     """The change, or minus the change."""
     sign = -1.0 if minus else 1.0
-    return Estimate(sign * change.value, sign * change.by_seed, {name: sign * r for name, r in change.by_cluster.items()})
+    return Estimate(sign * change.value, sign * change.by_seed, {name: sign * r for name, r in change.by_cluster.items()},
+                    sign * change.shift)
 
 
 def _interval(estimate: Estimate, level: float) -> dict[str, float]:

@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sasft.evaluation.intervals import mean
+import numpy as np
+
+from sasft.evaluation.intervals import is_share, mean, share_interval
 from sasft.files import is_torn
 
 Record = Mapping[str, Any]
@@ -33,7 +35,8 @@ def cluster_of(record: Record) -> str:
 def summarise(records: Sequence[Record], metrics: Sequence[str], contaminated: Sequence[str] | None = None) -> dict[str, Any]:
     """What one suite came to.
 
-    ``scores``: {metric: score, standard error, n}, and ``clusters``, how many independent ones the n items make, where items
+    ``scores``: {metric: score, standard error, n}; ``low`` and ``high``, the 95 % interval, where it is a share of items
+    (:func:`sasft.evaluation.intervals.share_interval`); and ``clusters``, how many independent ones the n items make, where items
     share passages or questions; ``groups``: the headline score of each part, and ``macro``, their plain mean, whose standard
     error is of these parts (not of others that might have been chosen); ``prompts_sha256`` over ids and prompt hashes in the
     order of ids: scores of different hashes are not of the same questions. Of written answers: how many are ``unfinished`` (the
@@ -69,8 +72,12 @@ def _scores(records: Sequence[Record], metrics: Sequence[str]) -> dict[str, dict
 
 def _score(records: Sequence[Record], metric: str) -> dict[str, Any]:
     clusters = [cluster_of(r) for r in records]
-    value, error = mean([tuple(r["scores"][metric]) for r in records], clusters)
+    pairs = [tuple(r["scores"][metric]) for r in records]
+    value, error = mean(pairs, clusters)
     found = {"score": value, "stderr": None if math.isnan(error) else error, "n": len(records)}
+    totals, weights = np.array(pairs, dtype=float).T
+    if is_share(totals, weights):
+        found["low"], found["high"] = share_interval(totals[None], clusters)
     return found | ({"clusters": len(set(clusters))} if any(r.get("cluster") for r in records) else {})
 
 
@@ -83,8 +90,8 @@ def _macro(groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def table(summary: Mapping[str, Any]) -> str:
     """The summary for a terminal: what every score hangs on, then one line a score; the hash of a suite's prompts (as far as a
     glance can compare it) and unfinished answers beside it."""
-    identity, head = summary["identity"], ("suite", "metric", "score", "± s.e.", "n", "prompts", "unfinished", "off template",
-                                           "in training")
+    identity, head = summary["identity"], ("suite", "metric", "score", "± s.e.", "95 % interval", "n", "prompts", "unfinished",
+                                           "off template", "in training")
     rows = [head]
     for name, suite in summary["suites"].items():
         answers, seen = suite.get("answers"), suite.get("contaminated")
@@ -92,9 +99,10 @@ def table(summary: Mapping[str, Any]) -> str:
                  str(seen["n"]) if seen else ""]
         for i, (metric, score) in enumerate(suite["scores"].items()):
             error = "" if score["stderr"] is None else f"{score['stderr']:.4f}"
-            rows.append((name if i == 0 else "", metric, f"{score['score']:.4f}", error, str(score["n"]),
+            interval = f"[{score['low']:.4f}, {score['high']:.4f}]" if "low" in score else ""
+            rows.append((name if i == 0 else "", metric, f"{score['score']:.4f}", error, interval, str(score["n"]),
                          *(notes if i == 0 else [""] * len(notes))))
-    kept = [c for c in range(len(head)) if c < 6 or any(row[c] for row in rows[1:])]
+    kept = [c for c in range(len(head)) if any(row[c] for row in rows[1:])]
     widths = {c: max(len(row[c]) for row in rows) for c in kept}
     lines = ["  ".join(row[c].ljust(widths[c]) if c < 2 else row[c].rjust(widths[c]) for c in kept).rstrip() for row in rows]
     generation, packages = identity["generation"], identity["versions"]

@@ -40,10 +40,17 @@ def test_flips_by_hand(tmp_path: Path) -> None:
     assert found.drop == pytest.approx(1 / 6)
     assert found.choices is None and (found.lost_adjusted, found.gained_adjusted) == pytest.approx((2 / 6, 1 / 6))
     assert found.p_values == (pytest.approx(binomtest(2, 3).pvalue),)
-    # The paired interval is Student's for the mean of the six differences.
-    differences = np.subtract(AFTER, BEFORE)
-    reach = t.ppf(0.975, 5) * differences.std(ddof=1) / math.sqrt(6)
-    assert (found.low, found.high) == pytest.approx((-1 / 6 - reach, -1 / 6 + reach))
+    # Half a pair more in each of the four cells: 2.5 of 8 lost, 1.5 of 8 gained.
+    reach = t.ppf(0.975, 6) * math.sqrt((4 / 8 - (1 / 8) ** 2) / 8)
+    assert (found.low, found.high) == pytest.approx((-1 / 8 - reach, -1 / 8 + reach))
+    assert found.lost_interval == pytest.approx(tuple(binomtest(2, 6).proportion_ci(method="wilson")))
+
+
+def test_scores_that_are_no_shares_have_students_interval(tmp_path: Path) -> None:
+    old, new = np.array([0.2, 0.9, 1.0, 0.0, 0.5]), np.array([0.1, 0.3, 1.0, 0.2, 0.0])
+    found = forgetting(write(tmp_path / "b", "s", old.tolist()), write(tmp_path / "a", "s", new.tolist()), "s")
+    reach = t.ppf(0.975, 4) * (new - old).std(ddof=1) / math.sqrt(5)
+    assert (found.low, found.high) == pytest.approx(((new - old).mean() - reach, (new - old).mean() + reach))
 
 
 def test_flips_beyond_guessing(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy.stats import binomtest, t
 
 from sasft.data import Row
 from sasft.evaluation.contamination import contaminated
@@ -38,8 +39,23 @@ def test_clusters_reach_the_summary() -> None:
     scores, clusters = [1, 1, 0, 0, 1, 0], ["a", "a", "b", "b", "", ""]
     records = [record(i, s, cluster=c) if c else record(i, s) for i, (s, c) in enumerate(zip(scores, clusters, strict=True))]
     found = summarise(records, ["acc"])
-    assert found["scores"]["acc"] == {"score": 0.5, "stderr": pytest.approx(math.sqrt(4 / 3 * 2.5) / 6), "n": 6, "clusters": 4}
+    error = math.sqrt(4 / 3 * 2.5) / 6
+    low, high = 0.5 - t.ppf(0.975, 3) * error, 0.5 + t.ppf(0.975, 3) * error
+    assert found["scores"]["acc"] == pytest.approx({"score": 0.5, "stderr": error, "n": 6, "low": low, "high": high, "clusters": 4})
     assert "clusters" not in summarise([record(i, s) for i, s in enumerate(scores)], ["acc"])["scores"]["acc"]
+
+
+def wilson(k: int, n: int) -> dict:
+    interval = binomtest(k, n).proportion_ci(method="wilson")
+    return {"low": pytest.approx(interval.low, abs=1e-12), "high": pytest.approx(interval.high)}
+
+
+def test_shares_have_an_interval_other_scores_none() -> None:
+    nothing = summarise([record(i, 0) for i in range(4)], ["acc"])["scores"]["acc"]
+    assert nothing == {"score": 0.0, "stderr": 0.0, "n": 4, **wilson(0, 4)} and nothing["high"] > 0.4
+    assert set(summarise([record(0, 0.5), record(1, 1)], ["acc"])["scores"]["acc"]) == {"score", "stderr", "n"}
+    tokens = [{**record(i, 0), "scores": {"acc": (1.0, 3.0)}} for i in range(2)]
+    assert "low" not in summarise(tokens, ["acc"])["scores"]["acc"]
 
 
 def test_groups_and_their_plain_mean() -> None:
@@ -47,9 +63,8 @@ def test_groups_and_their_plain_mean() -> None:
     records += [record(i, s, group="small") for i, s in ((4, 1), (5, 0.5))]
     found = summarise(records, ["acc"])
     big, small = math.sqrt(1 / 3 / 4), math.sqrt(0.125 / 2)
-    assert found["groups"] == {"big": {"score": 0.5, "stderr": pytest.approx(big), "n": 4},
-                               "small": {"score": 0.75, "stderr": pytest.approx(small),
-                                                                                                    "n": 2}}
+    assert found["groups"] == {"big": {"score": 0.5, "stderr": pytest.approx(big), "n": 4, **wilson(2, 4)},
+                               "small": {"score": 0.75, "stderr": pytest.approx(small), "n": 2}}
     assert found["macro"] == {"score": 0.625, "stderr": pytest.approx(math.sqrt(big**2 + small**2) / 2), "n": 2}
     assert found["scores"]["acc"]["score"] == pytest.approx(3.5 / 6)
     lone = summarise([*records, record(6, 1, group="one")], ["acc"])
@@ -80,7 +95,7 @@ def test_what_went_wrong_in_answers_is_counted() -> None:
 def test_scores_without_the_items_found_in_training() -> None:
     records = [record(0, 1), record(1, 0), record(2, 0)]
     found = summarise(records, ["acc"], ["0"])["contaminated"]
-    assert found == {"n": 1, "ids": ["0"], "scores_without": {"acc": {"score": 0.0, "stderr": 0.0, "n": 2}}}
+    assert found == {"n": 1, "ids": ["0"], "scores_without": {"acc": {"score": 0.0, "stderr": 0.0, "n": 2, **wilson(0, 2)}}}
     assert "contaminated" not in summarise(records, ["acc"]) and summarise(records, ["acc"], [])["contaminated"]["n"] == 0
     assert summarise(records, ["acc"], ["0", "1", "2"])["contaminated"]["scores_without"] == {}
 
@@ -113,8 +128,8 @@ def test_the_table_says_what_the_scores_hang_on() -> None:
     lines = table(summary).splitlines()
     assert lines[0] == f"weights {'a' * 12}, chat template {'b' * 12}, fp32, greedy" and lines[1] == "python 3.11.7"
     prompts = [suite["prompts_sha256"][:8] for suite in summary["suites"].values()]
-    assert lines[3].split() == ["suite", "metric", "score", "±", "s.e.", "n", "prompts", "unfinished", "off", "template"]
-    assert lines[4].split() == ["gsm8k@5", "acc", "0.6667", "0.3333", "3", prompts[0], "1", "0"]
-    assert lines[5].split() == ["one", "acc", "1.0000", "1", prompts[1]] and prompts[0] != prompts[1]
+    assert lines[3].split() == ["suite", "metric", "score", "±", "s.e.", "95", "%", "interval", "n", "prompts", "unfinished", "off", "template"]
+    assert lines[4].split() == ["gsm8k@5", "acc", "0.6667", "0.3333", "[0.2077,", "0.9385]", "3", prompts[0], "1", "0"]
+    assert lines[5].split() == ["one", "acc", "1.0000", "[0.2065,", "1.0000]", "1", prompts[1]] and prompts[0] != prompts[1]
     summary["identity"]["generation"] |= {"temperature": 0.7, "seed": 5}
     assert "T = 0.7, seed 5" in table(summary)
