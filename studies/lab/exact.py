@@ -26,6 +26,7 @@ from studies.lab.tree import (
 from studies.lab.walk import Walk
 
 ROWS_AT_ONCE = 1024  # prefixes whose gradients are in memory together
+PREFIXES_AT_ONCE = 8192  # of all columns of a Hessian that are in memory together
 COLUMNS_AT_ONCE = 256  # of a symmetric product, of which half is computed
 
 
@@ -102,9 +103,9 @@ class Expected:
         """Its Hessian times ``vector`` [P]."""
         return jvp(lambda p: flat(grad(self.loss)(p)), (dict(params),), (unflat(vector, params),))[1]
 
-    def hessian(self, params: Params, at_once: int = 64) -> Tensor:
-        """Its Hessian [P, P], column by column."""
-        n = sum(p.numel() for p in params.values())
+    def hessian(self, params: Params) -> Tensor:
+        """Its Hessian [P, P], many columns at once where there are few prefixes."""
+        n, at_once = sum(p.numel() for p in params.values()), max(64, PREFIXES_AT_ONCE // self.walk.size)
         return vmap(lambda v: self.hessian_product(params, v), chunk_size=at_once)(torch.eye(n, dtype=torch.float64)).T
 
 
