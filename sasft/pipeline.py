@@ -6,6 +6,7 @@ which goes on where it was stopped. The options are those of the parts, made fro
 
 import csv
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -230,12 +231,12 @@ def mix_table(report: Mapping[str, Any]) -> str:
     return f"{head}\n{table(rows, '  ')}"
 
 
-def recorded_table(recorded: Mapping[str, float]) -> str:
+def recorded_table(recorded: Mapping[str, float | None]) -> str:
     """What was recorded last, one line a figure, but of style its distance from the untrained model's alone."""
     told = {name: value for name, value in sorted(recorded.items()) if not name.startswith("style/") or "distance" in name}
     if not told:
         return "nothing was recorded"
-    return table([("recorded last", ""), *((name, f"{value:.4g}") for name, value in told.items())])
+    return table([("recorded last", ""), *((name, "" if value is None else f"{value:.4g}") for name, value in told.items())])
 
 
 def forgetting_table(found: Sequence[Mapping[str, Any]]) -> str:
@@ -245,7 +246,7 @@ def forgetting_table(found: Sequence[Mapping[str, Any]]) -> str:
         flips = [""] * 4 if f["lost"] is None else [*(f"{f[name]:.3f}" for name in ("lost", "gained", "lost_adjusted")),
                                                     f"{f['p_values'][0]:.3g}"]
         rows.append((f["suite"], f["metric"], str(f["n"]), f"{f['before']:.4f}", f"{f['after']:.4f}", f"{f['change']:+.4f}",
-                     f"[{f['low']:+.4f}, {f['high']:+.4f}]", *flips))
+                     _interval(f["low"], f["high"]), *flips))
     return table(rows)
 
 
@@ -253,7 +254,13 @@ def gain_drop_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """One line a suite; positive figures are a gain on the task, a loss of the rest."""
     return table([("", "suite", "metric", "value", "95 % interval"),
                   *((row["kind"], row.get("suite", ""), row.get("metric", ""), f"{row['value'] + 0.0:+.4f}",
-                     f"[{row['value_low'] + 0.0:+.4f}, {row['value_high'] + 0.0:+.4f}]") for row in rows)])
+                     _interval(row["value_low"], row["value_high"])) for row in rows)])
+
+
+def _interval(low: float | None, high: float | None) -> str:
+    """Nothing where it isn't known: of one item, say."""
+    known = all(bound is not None and math.isfinite(bound) for bound in (low, high))
+    return f"[{low + 0.0:+.4f}, {high + 0.0:+.4f}]" if known else ""
 
 
 def _part(kind: type, part: str, settings: Any, **fixed: Any) -> Any:

@@ -32,8 +32,8 @@ from sasft.train import TrainSettings, read_material, train
 from sasft.versions import versions
 from sasft.workers import Ended, Job, in_processes, on_ray
 
-SCORE = {"suite": str, "metric": str, "value": float, "stderr": float, "n": int, "prompts_sha256": str}
-"""The table's last columns. Of a training ``suite`` is "training", and its metrics are what it has recorded last, its last loss and costs."""
+SCORE = {"suite": str, "metric": str, "value": float, "stderr": float, "low": float, "high": float, "n": int, "prompts_sha256": str}
+"""The table's last columns; what isn't known is left empty (``low`` and ``high`` are of shares of items alone). Of a training ``suite`` is "training", and its metrics are what it has recorded last, its last loss and costs."""
 
 # Settings that say what a cell reads.
 _READ = ("task", "self_data", "mix", "general_text", "method", "method_options", "record_every", "probe_rows")
@@ -155,7 +155,8 @@ def run_cell(cell: Cell) -> None:
     if cell.evaluate is not None:
         found = run_evaluation(settings_of(EvaluateSettings, {**cell.evaluate, **tested}, cell.name, cell.folder / "evaluation"))
         hashes["weights"] = found["identity"]["weights_sha256"]
-        scores += [{"suite": suite, "metric": metric, "value": s["score"], "stderr": s["stderr"], "n": s["n"], "prompts_sha256": part["prompts_sha256"]}
+        scores += [{"suite": suite, "metric": metric, "value": s["score"], **{name: s.get(name) for name in ("stderr", "low", "high", "n")},
+                    "prompts_sha256": part["prompts_sha256"]}
                    for suite, part in found["suites"].items() for metric, s in part["scores"].items()]
     write_json(cell.result, {"hashes": hashes, "versions": versions(), "scores": scores})
     if cell.trains and not cell.train["save_model"]:
@@ -164,7 +165,7 @@ def run_cell(cell: Cell) -> None:
 
 def _of_training(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     found = {"loss": summary["loss"][-1], **summary["recorded"], **{f"costs/{k}": v for k, v in summary["costs"].items()}}
-    return [{"suite": "training", "metric": metric, "value": float(value)} for metric, value in found.items()]
+    return [{"suite": "training", "metric": metric, "value": None if value is None else float(value)} for metric, value in found.items()]
 
 
 # --- all of them ------------------------------------------------------------------------------------------------------

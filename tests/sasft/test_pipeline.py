@@ -2,8 +2,9 @@
 
 import csv
 import json
+import math
 import sys
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,10 @@ from sasft.data import read_rows
 from sasft.data_quality import QualityLimits
 from sasft.dryrun import of_run
 from sasft.errors import UsageError
-from sasft.evaluation import forgetting
+from sasft.evaluation import curve, figure, forgetting, gain_drop
 from sasft.evaluation.sources import FOLDER_VARIABLE
 from sasft.mixture import read_mixture
-from sasft.pipeline import RunSettings, parts_of, run
+from sasft.pipeline import RunSettings, forgetting_table, gain_drop_table, parts_of, recorded_table, run
 from tests.sasft import tiny_chat
 
 NO_LIMITS = [f"{limit.name}=none" for limit in fields(QualityLimits)]  # the tiny model babbles
@@ -127,6 +128,23 @@ def test_options_reach_their_parts(settings) -> None:
     assert replace(parts.after, model=given.model, out=parts.before.out, base=None) == parts.before
     after = parts_of(settings(model="org/name", revision="v1")).after
     assert (after.revision, after.base, after.base_revision) == (None, "org/name", "v1")
+
+
+@pytest.mark.parametrize("unknown", [None, math.nan], ids=["as the report's file has it", "as the report has it"])
+def test_tables_leave_open_what_is_not_known(unknown: float | None, tmp_path: Path) -> None:
+    for name, score in (("b", 0.25), ("a", 0.5)):
+        (tmp_path / name).mkdir()
+        record = {"suite": "answers", "id": "0", "prompt_sha256": "", "scores": {"rouge_l": (score, 1.0)}}
+        (tmp_path / name / "items.jsonl").write_text(json.dumps(record))
+    found = asdict(forgetting(tmp_path / "b", tmp_path / "a", "answers"))  # one item, and no share
+    rows = gain_drop(tmp_path / "b", {"sft": [tmp_path / "a"]}, "answers", ["answers"])
+    assert math.isnan(found["low"]) and all(math.isnan(row["value_high"]) for row in rows)
+    assert figure(curve(rows)).axes
+    found |= {"low": unknown, "high": unknown}
+    rows = [{**row, "value_low": unknown, "value_high": unknown} for row in rows]
+    assert forgetting_table([found]).splitlines()[-1].split() == ["answers", "rouge_l", "1", "0.2500", "0.5000", "+0.2500"]
+    assert gain_drop_table(rows).splitlines()[-1].split() == ["mean", "drop", "-0.2500"]
+    assert "ppl" in recorded_table({"ppl": unknown, "kl": 0.5}) and "0.5" in recorded_table({"ppl": unknown, "kl": 0.5})
 
 
 @pytest.mark.parametrize("kwargs, message", [

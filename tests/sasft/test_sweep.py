@@ -133,7 +133,25 @@ def test_suites_of_a_sweep_may_name_columns(folder: Path, here: list[str]) -> No
     (folder / "test.jsonl").write_text('{"q": "Say", "a": "well"}\n')
     settings = plan(folder, lam=0, evaluate={"suites": f"answers:{folder}/test.jsonl:prompt=q,response=a,instructions", "limit": 1, "max_new_tokens": 2})
     assert "answers:" in of_sweep(settings).text and not sweep(settings).failed
-    assert {"instructions", f"answers:{folder}/test.jsonl:prompt=q,response=a"} <= {row["suite"] for row in rows_of(folder)}
+    rows = rows_of(folder)
+    assert {"instructions", f"answers:{folder}/test.jsonl:prompt=q,response=a"} <= {row["suite"] for row in rows}
+    assert all((row["low"] is None) == (row["suite"] == "training") for row in rows)  # one item each, right or wrong
+
+
+def test_the_table_has_room_for_what_is_not_known(folder: Path, here: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A recorded figure that isn't a number is null in a finished training's summary."""
+    trained = {"loss": [1.0], "recorded": {"kl/base_model/self": None}, "costs": {}, "weights_sha256": ""}
+
+    def finished(settings: TrainSettings) -> dict:
+        Path(settings.out).mkdir(parents=True)
+        (Path(settings.out) / "config.json").write_text('{"identity": {"data_sha256": {}}}')
+        return trained
+
+    monkeypatch.setattr(sasft.sweep, "train", finished)
+    done = sweep(plan(folder, lam=0))
+    assert not done.failed and [(row["metric"], row["value"]) for row in rows_of(folder)] == [("loss", 1.0), ("kl/base_model/self", None)]
+    with done.table.open(newline="") as file:
+        assert [row["value"] for row in csv.DictReader(file)] == ["1.0", ""]
 
 
 def test_cells_that_never_began_are_not_held_to_their_settings(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
