@@ -5,6 +5,8 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import date, time, timedelta
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -15,6 +17,7 @@ FIELDS = ("messages", "conversations", "prompt", "response", "completion", "inst
 _GRAMMAR = re.compile(
     r"(?P<where>[^:@#]+)(:(?P<config>[^:@#=]+))?(@(?P<revision>[^:@#]+))?(#(?P<split>[^:\[#]+(\[[^\]]*\])?))?(:(?P<columns>\w+=.+))?")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_ARRAY = " (is this one JSON array? put each of its objects on a line)"
 _FILE_TYPES = (".jsonl", ".json", ".parquet", ".csv", ".txt", ".gz", ".zst")
 
 
@@ -100,12 +103,19 @@ class Source:
         return found if self.unit == "line" else map(_without_gaps, found)
 
     def sha256(self) -> str:
-        """The file's SHA-256; of a dataset on the hub, that of its rows, one JSON object a line with sorted keys."""
+        """The file's SHA-256; of a dataset on the hub, that of its rows, one JSON object a line with sorted keys, in which dates, times
+        and decimals are their text and bytes their hexadecimal digits. Raises :class:`UsageError` for what has no text (images).
+        """
         if self.is_file:
             return sha256_file(self.where)
         total = hashlib.sha256()
         for record in self._from_hub():
-            total.update(json.dumps(record.data, sort_keys=True, ensure_ascii=False).encode() + b"\n")
+            try:
+                line = json.dumps(record.data, sort_keys=True, ensure_ascii=False, default=_as_text)
+            except TypeError as error:
+                raise UsageError(f"{self}, row {record.number}: no hash can be made of {error}; save the columns that are needed as a "
+                                 "JSONL or Parquet file, and name that") from None
+            total.update(line.encode() + b"\n")
         return total.hexdigest()
 
     @property
@@ -166,6 +176,14 @@ class Source:
             yield Record(number, dict(row), json.dumps(row, ensure_ascii=False, default=str)[:60])
 
 
+def _as_text(value: Any) -> str:
+    if isinstance(value, (date, time, timedelta, Decimal)):
+        return str(value)
+    if isinstance(value, bytes):
+        return value.hex()
+    raise TypeError(f"a value of type {type(value).__name__}")
+
+
 def _without_gaps(record: Record) -> Record:
     """A table has every column in every row: those without a value are no fields of the row."""
     return record._replace(data={name: value for name, value in record.data.items() if value is not None})
@@ -185,12 +203,12 @@ def _parse(line: bytes) -> dict[str, Any]:
         data = json.loads(line.decode())
         json.dumps(data, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
-        array = " (is this one JSON array? put each of its objects on a line)" if line.lstrip().startswith(b"[") else ""
+        array = _ARRAY if line.lstrip().startswith(b"[") else ""
         raise UsageError(f"not valid JSON ({error.msg}, column {error.colno}){array}") from None
     except UnicodeDecodeError as error:
         raise UsageError(f"not UTF-8 ({error.reason} at byte {error.start})") from None
     except UnicodeEncodeError:
         raise UsageError("an escape such as \\ud83d is half a character (a cut emoji?)") from None
     if not isinstance(data, dict):
-        raise UsageError(f"a row must be a JSON object, got a {type(data).__name__}")
+        raise UsageError(f"a row must be a JSON object, got a {type(data).__name__}{_ARRAY if isinstance(data, list) else ''}")
     return data

@@ -1,9 +1,12 @@
 """Reading rows with exact errors, and encoding them."""
 
 import builtins
+import hashlib
 import json
 import warnings
 from dataclasses import replace
+from datetime import date, datetime, timedelta
+from decimal import Decimal
 from pathlib import Path
 
 import pyarrow as pa
@@ -67,7 +70,8 @@ def test_byte_order_mark_windows_line_ends_blank_lines_and_line_separators(file)
     (b'{"prompt": "Hi", "resp',
      r"rows\.jsonl, line 2: not valid JSON \(Unterminated string.*column 18\)\. "
      r"""The line starts with '{"prompt": "Hi", "resp'"""),
-    (b"[1, 2]", r"line 2: a row must be a JSON object, got a list"),
+    (b"[" + GOOD.strip() + b"]", r"line 2: a row must be a JSON object, got a list \(is this one JSON array\? put each of its objects on"),
+    (b"1", r"line 2: a row must be a JSON object, got a int\. The line"),
     (b'{"prompt": "\xff"}', r"line 2: not UTF-8 \(invalid start byte at byte 12\)"),
     (b'{"prompt": "Hi", "response": "\\ud83d"}', r"line 2: an escape .* half a character"),
     (b'{"question": "Hi", "answer": "Yo"}',
@@ -286,6 +290,25 @@ def test_a_hub_dataset_is_loaded_as_it_is_named(monkeypatch):
     assert source.sha256() == Source.parse("org/set").sha256() and asked[-1][1]["split"] == "train"
     with refused("org/set, row 1: the columns found, 'question', 'answer', make none"):
         read_rows("org/set")
+
+
+def test_hub_datasets_of_any_columns_have_a_hash(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    row = {"prompt": "Hi", "response": "Yo", "day": date(2026, 2, 1), "at": datetime(2026, 2, 1, 12, 30), "took": timedelta(seconds=3),
+           "price": Decimal("1.50"), "raw": b"\x00\xff"}
+
+    def sha256(**changed) -> str:
+        monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_list([{**row, **changed}]))
+        assert read_rows("org/set")[0].response == "Yo"
+        return Source.parse("org/set").sha256()
+
+    written = {**row, "day": "2026-02-01", "at": "2026-02-01 12:30:00", "took": "0:00:03", "price": "1.50", "raw": "00ff"}
+    assert sha256() == hashlib.sha256(json.dumps(written, sort_keys=True).encode() + b"\n").hexdigest()
+    others = [{"day": date(2026, 2, 2)}, {"at": datetime(2026, 2, 1, 12, 31)}, {"took": timedelta(0)}, {"price": Decimal("1.51")}, {"raw": b"\x01"}]
+    assert len({sha256(), *(sha256(**other) for other in others)}) == 6
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: [{**row, "picture": object()}])
+    with refused("org/set, row 1: no hash can be made of a value of type object; save the columns that are needed"):
+        Source.parse("org/set").sha256()
 
 
 def test_hub_datasets_out_of_reach(monkeypatch, tmp_path):
