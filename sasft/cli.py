@@ -30,7 +30,7 @@ from sasft.mixture import MixSettings, load_chat, make_mixture
 from sasft.options import parse
 from sasft.pipeline import RunSettings, mix_table, recorded_table, run
 from sasft.processes import join
-from sasft.restyle import STYLES, restyle
+from sasft.restyle import STYLES, ContentLost, restyle
 from sasft.settings import option
 from sasft.sweep import SweepSettings, sweep
 from sasft.sweep_dryrun import of_sweep
@@ -69,6 +69,8 @@ class RestyleSettings:
         _need(self, "file", "style", "out")
         if Path(self.out).exists():
             raise UsageError(f"out {self.out} exists already; name another file, or remove it")
+        if self.style not in STYLES:
+            raise UsageError(f"style {self.style!r} does not exist; use one of: {', '.join(STYLES)}")
 
 
 def _talk(settings: TalkSettings) -> None:
@@ -115,8 +117,13 @@ def _show(settings: ShowSettings) -> None:
 
 def _restyle(settings: RestyleSettings) -> None:
     rows = read_rows(settings.file)
-    restyled = [replace(row, response=restyle(row.response, settings.style), response_ids=None, meta={"style": settings.style})
-                for row in rows]
+    restyled = []
+    for row in rows:
+        try:
+            response = restyle(row.response, settings.style)
+        except (UsageError, ContentLost) as error:
+            raise UsageError(f"{settings.file}, row {row.id}: {error}") from None
+        restyled.append(replace(row, response=response, response_ids=None, meta={"style": settings.style}))
     write_jsonl(settings.out, (row.as_json() for row in restyled))
     print(f"{len(rows)} rows in {settings.style} style: {settings.out}")
 

@@ -1,7 +1,7 @@
 """The command line: what it does, and what it says when it can't."""
 
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +10,7 @@ import sasft.cli
 from sasft.cli import COMMANDS, main
 from sasft.data import read_rows
 from sasft.data_quality import QualityLimits
+from sasft.restyle import STYLES
 from tests.sasft import tiny_chat
 
 NO_LIMITS = [f"{limit.name}=none" for limit in fields(QualityLimits)]  # the tiny model babbles
@@ -144,6 +145,18 @@ def test_a_restyle_that_fails_leaves_no_file(tmp_path: Path, capsys: pytest.Capt
     out = tmp_path / "r.jsonl"
     assert main(["restyle", "--file", str(tmp_path / "t.jsonl"), "--style", "baroque", "--out", str(out)]) == 2
     assert not out.exists()
+
+
+def test_an_answer_that_cannot_be_restyled_is_named_with_its_row(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch) -> None:
+    rows = [{"prompt": "Hi", "response": "Yo"}, {"prompt": "Hi", "response": "", "response_ids": []}]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    argv = ["restyle", "--file", str(tmp_path / "t.jsonl"), "--style", "capitals", "--out", str(tmp_path / "r.jsonl")]
+    assert main(argv) == 2
+    assert "t.jsonl, row t-2: text is empty" in capsys.readouterr().err
+    monkeypatch.setitem(STYLES, "capitals", replace(STYLES["capitals"], check=lambda original, restyled: ["lost negation 'not'"]))
+    assert main(argv) == 2
+    assert "t.jsonl, row t-1: style 'capitals' would change what the text says: lost negation 'not'" in capsys.readouterr().err
+    assert not (tmp_path / "r.jsonl").exists()
 
 
 def test_ctrl_c_says_that_the_command_goes_on(folder: Path, capsys: pytest.CaptureFixture, monkeypatch) -> None:
