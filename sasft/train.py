@@ -32,12 +32,13 @@ from sasft.processes import first_goes_first, in_one_piece, join, sharding_asked
 from sasft.sampling import EXACT
 from sasft.settings import option
 from sasft.sources import Source
-from sasft.trainer import FitSettings, fit
+from sasft.trainer import FitSettings, check_positions, fit
 from sasft.versions import versions
 from sasft.writing import Writer
 
 _FILES = ("mix", "task", "self_data", "general_text")
 _DATA, _MODEL, _METHOD, _RECORD = "what is trained on", "the model", "the method", "what is recorded and kept"
+_GONE_ON_WITH = ("checkpoints", "drift", "method")  # folders in a run's that a later call reads
 _RECORDINGS = 10  # in a run, beside the one before it
 # What a mix has settled already; without one, these hold where nothing else is asked for.
 _WITHOUT_A_MIX: Mapping[str, Any] = {
@@ -144,7 +145,8 @@ def train(settings: TrainSettings) -> dict[str, Any]:
     (every row of every step; λ realised in rows and tokens), ``drift/`` (the recorded table), ``log.json``,
     ``model/``, ``method/`` (what a method that makes rows has made) and, once finished, ``summary.json``, which says what the
     method has cost beyond SFT. The same call again returns a finished run's summary, or goes on
-    with an unfinished one; another configuration in the same folder is refused.
+    with an unfinished one; another configuration in the same folder is refused, unless the first one failed before it left
+    anything to go on with.
 
     Under ``accelerate launch`` or ``torchrun`` the processes train together (:func:`sasft.trainer.fit`), and the first one
     writes.
@@ -154,7 +156,6 @@ def train(settings: TrainSettings) -> dict[str, Any]:
         raise UsageError(f"record_every is {settings.record_every or 'not 0'}, but instruments put the base's weights into the model, which "
                          "can't be done while these are sharded (FSDP2); set record_every to 0, or take DDP")
     ensure_writable(out)
-    method, costs = settings.chosen_method(), Costs()
     text = read_general_text(settings.general_text)
     material = read_material(settings)
     hashes = dict(material.sha256)
@@ -165,6 +166,16 @@ def train(settings: TrainSettings) -> dict[str, Any]:
     if (done := out / "summary.json").exists():
         return json.loads(done.read_text(encoding="utf-8"))
 
+    try:
+        return _train(settings, material, text, identity, first)
+    except Exception:
+        if not any(path.is_file() for name in _GONE_ON_WITH for path in (out / name).rglob("*")):
+            (out / "config.json").unlink(missing_ok=True)  # the folder is free for settings that are mended
+        raise
+
+
+def _train(settings: TrainSettings, material: "Material", text: str | None, identity: Mapping[str, Any], first: bool) -> dict[str, Any]:
+    out, method, costs = Path(settings.out), settings.chosen_method(), Costs()
     model, tokenizer = load(settings)
     chat = Chat(tokenizer)
     writer = _writer(settings, model, chat) if method.writes else None
@@ -173,6 +184,7 @@ def train(settings: TrainSettings) -> dict[str, Any]:
         made = method.rows(material.rows, workshop)
     model = method.prepare(model, settings.seed)
     rows, held_out, reports = encode(settings, material, made, chat)
+    check_positions(model, rows), check_positions(model, held_out)
     if first:
         print(*reports, sep="\n", file=sys.stderr)
     with autocast(settings.precision, model.device.type):
@@ -192,7 +204,7 @@ def train(settings: TrainSettings) -> dict[str, Any]:
     model = in_one_piece(model, lambda: method.prepare(load(settings)[0], settings.seed))
     with first_goes_first():
         if not first:
-            return json.loads(done.read_text(encoding="utf-8"))
+            return json.loads((out / "summary.json").read_text(encoding="utf-8"))
         if settings.save_model:
             model.save_pretrained(out / "model")
             tokenizer.save_pretrained(out / "model")
@@ -201,7 +213,7 @@ def train(settings: TrainSettings) -> dict[str, Any]:
                    "recorded": callbacks[0].recorder.latest() if callbacks else {},
                    "loss": [entry["loss"] for entry in log if "loss" in entry]}
         write_json(out / "log.json", log)
-        write_json(done, summary)
+        write_json(out / "summary.json", summary)
         shutil.rmtree(out / "checkpoints", ignore_errors=True)  # three times the model's size, and of no use any more
     return summary
 

@@ -27,6 +27,7 @@ from sasft.mixing import Plan
 from sasft.packing import check_rows_apart
 from sasft.precision import Precision, autocast, resolved
 from sasft.processes import gathered, own_part, sharding_asked
+from sasft.sampling import positions
 from sasft.settings import option
 
 _COSTS = "costs.json"  # of a method, in a checkpoint
@@ -58,6 +59,11 @@ class FitSettings:
     def __post_init__(self) -> None:
         if not 0 < self.lr < math.inf:
             raise UsageError(f"lr must be > 0 and finite, got {self.lr}")
+        for name in ("warmup_steps", "weight_decay", "max_grad_norm"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UsageError(f"{name} must be at least 0 and finite, got {getattr(self, name)}")
+        if not 0 <= self.seed < 2**32:  # what numpy takes
+            raise UsageError(f"seed must lie in [0, 2^32), got {self.seed}")
         if self.loss not in ("sum", "mean"):
             raise UsageError(f"loss must be sum or mean, got {self.loss!r}")
         self.precision = resolved(self.precision)  # what a run's identity tells
@@ -209,12 +215,13 @@ def fit(
     process. With an accelerate configuration of ``fsdp_version: 2`` the weights are sharded, and stay so in ``model``
     (:func:`sasft.processes.trained_weights` gathers them).
 
-    Raises :class:`UsageError` if the plan reads rows that there are not, if the model does not keep packed rows apart, or if
-    the objective can't do with packing, activation checkpointing, sharded weights or gradients by source. Also, in all processes,
+    Raises :class:`UsageError` if the plan reads rows that there are not, if rows are longer than the model takes, if it does not keep
+    packed rows apart, or if the objective can't do with packing, activation checkpointing, sharded weights or gradients by source. Also, in all processes,
     before a step is taken whose loss or gradient norm is not finite, or where a recording or the last step's weights show that
     training has diverged; what was recorded and saved before stays.
     """
     check_reads(plan, rows)
+    check_positions(model, rows)
     sources = [p for c in callbacks if isinstance(c, DriftCallback) for p in c.probes if isinstance(p, SourceGradients)]
     _check_goes_together(model, plan, settings, objective, sources)
     if settings.packing:
@@ -273,6 +280,15 @@ def fit(
         trainer.add_up_costs()
     trainer.accelerator.wait_for_everyone()  # who goes on may remove checkpoints that others still write
     return trainer.state.log_history
+
+
+def check_positions(model: nn.Module, rows: Mapping[str, Sequence[Encoded]]) -> None:
+    """Raise :class:`UsageError` for rows, by source, of more tokens than ``model`` takes (:func:`sasft.sampling.positions`)."""
+    most = positions(model)
+    for source, encoded in rows.items():
+        if over := [length for length in map(len, (row.input_ids for row in encoded)) if length > most]:
+            raise UsageError(f"{len(over)} of {len(encoded)} rows of {source} have more tokens than the {most} that the model takes (the "
+                             f"longest {max(over)}); set max_tokens to {most} (of a mix, when it is mixed), and too_long to truncate or drop")
 
 
 def _check_goes_together(model: nn.Module, plan: Plan, settings: FitSettings, objective: Objective | None,

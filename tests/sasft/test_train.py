@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import TrainerCallback
+from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
 
 import drift
 import sasft.methods
@@ -259,6 +259,38 @@ def test_another_configuration_in_the_same_folder_is_refused(folder: Path) -> No
         train(settings(folder))
 
 
+@pytest.mark.parametrize("refused, mended, message", [
+    ({"method": "freeze", "method_options": "layers=99"}, {"method": "freeze", "method_options": "layers=0"}, "layers names 99"),
+    ({"max_tokens": 20}, {}, "more than max_tokens=20"),
+    ({"method": "lfu", "packing": True}, {"method": "lfu"}, "packing can't be had with the objective Lfu")])
+def test_a_refused_configuration_leaves_its_folder_to_another(folder: Path, refused, mended, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        train(settings(folder, **refused))
+    assert train(settings(folder, **mended))["loss"]
+
+
+def test_a_failed_run_keeps_its_folder_once_it_has_left_something(folder: Path) -> None:
+    with pytest.raises(UsageError, match="training has diverged"):
+        train(settings(folder, lr=1e30, save_every=1, record_every=0))
+    with pytest.raises(UsageError, match="holds another run"):
+        train(settings(folder, save_every=1, record_every=0))
+
+
+def test_rows_longer_than_the_models_positions_are_refused_by_name(folder: Path) -> None:
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=259, n_embd=8, n_layer=1, n_head=2, n_positions=70, bos_token_id=0, eos_token_id=2)
+    GPT2LMHeadModel(config).save_pretrained(folder / "model")
+    with (folder / "self.jsonl").open("a") as file:
+        file.write(json.dumps({"prompt": "Why?", "response": "so " * 20}) + "\n")
+    with pytest.raises(UsageError, match=r"1 of \d+ rows of self have more tokens than the 70 that the model takes \(the longest 1\d\d\)"):
+        train(settings(folder))
+    assert train(settings(folder, max_tokens=70, too_long="truncate", record_every=0))["loss"]  # the last position is used
+    data = {TASK: encoded(answer="so " * 20)}
+    with pytest.raises(UsageError, match=r"8 of 8 rows of task have more tokens than the 70 .*; set max_tokens to 70 \(of a mix, when it is mixed\)"):
+        fit(load_model(str(folder / "model"), device="cpu")[0], data, make_plan([1] * 8, [], steps=1, rows_per_step=4, lam=0.0),
+            FitSettings(**SETTINGS), pad_id=0, out=folder / "fitted")
+
+
 @pytest.mark.parametrize("record_every, message", [(0, "step 2: the loss is nan"), (1, "after step 1: probe 'task': log-probabilities")])
 def test_a_run_that_diverges_is_not_finished(folder: Path, record_every: int, message: str) -> None:
     for _ in range(2):
@@ -341,6 +373,12 @@ def test_what_is_measured_on_is_set_aside_before_a_method_makes_rows(folder: Pat
     ({"lr": 0.0}, "lr must be > 0 and finite, got 0.0"),
     ({"lr": float("inf")}, "lr must be > 0 and finite, got inf"),
     ({"lr": float("nan")}, "lr must be > 0 and finite, got nan"),
+    ({"warmup_steps": -1}, "warmup_steps must be at least 0 and finite, got -1"),
+    ({"weight_decay": -0.1}, "weight_decay must be at least 0 and finite, got -0.1"),
+    ({"max_grad_norm": -1.0}, "max_grad_norm must be at least 0 and finite, got -1.0"),
+    ({"max_grad_norm": float("nan")}, "max_grad_norm must be at least 0 and finite, got nan"),
+    ({"seed": -1}, r"seed must lie in \[0, 2.32\), got -1"),
+    ({"seed": 2**32}, r"seed must lie in \[0, 2.32\), got 4294967296"),
     ({"loss": "median"}, "loss must be sum or mean, got 'median'"),
     ({"precision": "fp8"}, "precision must be auto, bf16 or fp32, got 'fp8'"),
     ({"lora_alpha": 32.0}, "lora_alpha=32.0 is for adapters, but lora_rank is 0"),
