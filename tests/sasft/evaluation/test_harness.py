@@ -10,6 +10,7 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from scipy.stats import binomtest
 
 from sasft.errors import UsageError
 from sasft.evaluation import MeasureSettings, evaluate, forgetting, read_records
@@ -83,7 +84,8 @@ def test_without_settings_of_ours_tasks_keep_their_own(fake: FakeLmEval, tmp_pat
     assert [fake.calls[0][name] for name in ("num_fewshot", "limit", "gen_kwargs")] == [None] * 3
     assert fake.wrapped["mixed_precision_dtype"] is None
     found = summary["suites"]["lm_eval:a_task"]
-    assert found["scores"]["acc,none"] == {"score": 0.5, "stderr": pytest.approx((1 / 3 / 4) ** 0.5), "n": 4}
+    low, high = binomtest(2, 4).proportion_ci(method="wilson")
+    assert found["scores"]["acc,none"] == pytest.approx({"score": 0.5, "stderr": (1 / 3 / 4) ** 0.5, "n": 4, "low": low, "high": high})
     assert found["groups"].keys() == {"a_task"} and found["macro"]["score"] == 0.5
 
 
