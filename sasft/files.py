@@ -93,12 +93,21 @@ def ensure_writable(folder: Path | str) -> None:
                          "one") from None
 
 
+def as_json(data: Any) -> Any:
+    """The data as they are when JSON is read back: tuples are lists, keys texts, and numbers that are not finite, which JSON lacks, None.
+
+    >>> as_json({"drift": (0.5, float("nan")), 3: float("inf")})
+    {'drift': [0.5, None], '3': None}
+    """
+    return json.loads(json.dumps(data), parse_constant=lambda name: None)
+
+
 def write_json(path: Path | str, data: Any) -> None:
-    """Write JSON by way of a temporary file: ``path`` holds its old content or all of the new."""
+    """Write :func:`as_json` by way of a temporary file: ``path`` holds its old content or all of the new."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}")
     try:
-        text = json.dumps(data, indent=1, ensure_ascii=False) + "\n"
+        text = json.dumps(as_json(data), indent=1, ensure_ascii=False) + "\n"
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
     except OSError as error:

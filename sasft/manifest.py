@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sasft.errors import UsageError
-from sasft.files import write_json
+from sasft.files import as_json, write_json
 
 
 def claim(path: Path, identity: Mapping[str, Any], beside: Mapping[str, Any] | None = None) -> None:
@@ -26,7 +26,7 @@ def claim(path: Path, identity: Mapping[str, Any], beside: Mapping[str, Any] | N
     ...         print(str(error).replace(folder, "FOLDER"))
     FOLDER holds another run (lr is 0.001, now 0.01); name another folder, or remove this one
     """
-    now = json.loads(json.dumps(identity))
+    now = as_json(identity)
     if not path.exists():
         write_json(path, now if beside is None else {"identity": now, **beside})
         return

@@ -163,8 +163,8 @@ def train(settings: TrainSettings) -> dict[str, Any]:
         hashes["general_text"] = sha256_file(settings.general_text)
     identity = {"settings": {k: v for k, v in asdict(settings).items() if k not in ("out", *_FILES)}, "data_sha256": hashes}
     claim(out / "config.json", identity, {"files": {name: getattr(settings, name) for name in _FILES}, "versions": versions()})
-    if (done := out / "summary.json").exists():
-        return json.loads(done.read_text(encoding="utf-8"))
+    if (out / "summary.json").exists():
+        return _summary(out)
 
     try:
         return _train(settings, material, text, identity, first)
@@ -203,19 +203,22 @@ def _train(settings: TrainSettings, material: "Material", text: str | None, iden
     log = fit(model, rows, plan, fitted, pad_id=chat.pad_id, out=out, objective=objective, callbacks=callbacks)
     model = in_one_piece(model, lambda: method.prepare(load(settings)[0], settings.seed))
     with first_goes_first():
-        if not first:
-            return json.loads((out / "summary.json").read_text(encoding="utf-8"))
-        if settings.save_model:
-            model.save_pretrained(out / "model")
-            tokenizer.save_pretrained(out / "model")
-        summary = {"mix": plan.report(), "method": method.describe(), "costs": costs.describe(),
-                   "weights_sha256": weights_hash(model),
-                   "recorded": callbacks[0].recorder.latest() if callbacks else {},
-                   "loss": [entry["loss"] for entry in log if "loss" in entry]}
-        write_json(out / "log.json", log)
-        write_json(out / "summary.json", summary)
-        shutil.rmtree(out / "checkpoints", ignore_errors=True)  # three times the model's size, and of no use any more
-    return summary
+        if first:
+            if settings.save_model:
+                model.save_pretrained(out / "model")
+                tokenizer.save_pretrained(out / "model")
+            summary = {"mix": plan.report(), "method": method.describe(), "costs": costs.describe(),
+                       "weights_sha256": weights_hash(model),
+                       "recorded": callbacks[0].recorder.latest() if callbacks else {},
+                       "loss": [entry["loss"] for entry in log if "loss" in entry]}
+            write_json(out / "log.json", log)
+            write_json(out / "summary.json", summary)
+            shutil.rmtree(out / "checkpoints", ignore_errors=True)  # three times the model's size, and of no use any more
+        return _summary(out)
+
+
+def _summary(out: Path) -> dict[str, Any]:
+    return json.loads((out / "summary.json").read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True)

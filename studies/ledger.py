@@ -16,6 +16,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,7 @@ def _results(path: Path, predictions: Mapping[str, Prediction]) -> Iterator[tupl
 
 def _judged(row: Mapping[str, Any], prediction: Prediction, config: str, figure: str, place: str) -> Result:
     """The result in a row, which must be what the rule makes of its effect and the registered prediction."""
+    row = {**row, **{name: nan for name in ("value", "low", "high") if name in row and row[name] is None}}  # JSON has no such numbers
     for name in ("value", "low", "high", "level"):
         if not isinstance(row.get(name), (int, float)):
             raise LedgerError(f"{place}: {name} must be a number, got {row.get(name)!r}")

@@ -191,6 +191,6 @@ def config_hash(provenance: Mapping[str, Any]) -> str:
     >>> config_hash({"steps": 8, "versions": {"numpy": "2.0"}}) == config_hash({"versions": {}, "steps": 8})
     True
     """
-    # By way of JSON, so that tuples and keys that are numbers hash as they do when read back.
-    plain = json.loads(json.dumps({k: v for k, v in provenance.items() if k != "versions"}))
+    # By way of JSON, so that tuples, keys that are numbers and numbers that are not finite hash as they do when read back.
+    plain = json.loads(json.dumps({k: v for k, v in provenance.items() if k != "versions"}), parse_constant=lambda name: None)
     return hashlib.sha256(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

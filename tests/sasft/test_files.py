@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import math
 import os
 from pathlib import Path
 
@@ -113,6 +114,12 @@ def test_write_json_is_all_or_nothing(tmp_path, monkeypatch):
         write_json(path, {"é": 2})
     assert json.loads(path.read_bytes()) == {"é": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_numbers_that_json_lacks_are_null(tmp_path):
+    write_json(tmp_path / "x.json", {"NaN": [1.5, math.nan], "of": (math.inf, {"it": -math.inf}), 3: "Infinity"})
+    found = json.loads((tmp_path / "x.json").read_text(), parse_constant=pytest.fail)
+    assert found == {"NaN": [1.5, None], "of": [None, {"it": None}], "3": "Infinity"}
 
 
 def test_sha256_file(tmp_path):

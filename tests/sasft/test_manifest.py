@@ -12,10 +12,10 @@ from tests.sasft import tiny_chat
 def test_a_run_claims_its_folder_and_finds_it_again(tmp_path: Path) -> None:
     for beside in (None, {"versions": "1"}):
         path = tmp_path / f"{beside}.json"
-        claim(path, {"lr": 0.1, "names": ("a", "b")}, beside)
-        claim(path, {"lr": 0.1, "names": ["a", "b"]}, beside and {"versions": "2"})
+        claim(path, {"lr": 0.1, "names": ("a", "b"), "tau": float("inf")}, beside)
+        claim(path, {"lr": 0.1, "names": ["a", "b"], "tau": float("inf")}, beside and {"versions": "2"})
         with pytest.raises(UsageError, match=r"holds another run \(lr is 0.1, now 0.2; seed is None, now 1\)"):
-            claim(path, {"lr": 0.2, "names": ["a", "b"], "seed": 1}, beside)
+            claim(path, {"lr": 0.2, "names": ["a", "b"], "tau": float("inf"), "seed": 1}, beside)
 
 
 def test_the_folder_of_a_model_is_not_that_of_a_run(tmp_path: Path) -> None:

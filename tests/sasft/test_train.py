@@ -249,6 +249,14 @@ def test_the_same_call_again_returns_the_finished_run(folder: Path, monkeypatch:
     assert train(settings(folder)) == first
 
 
+def test_what_is_not_a_number_is_none_the_first_time_and_the_next(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drift.Recorder, "latest", lambda self: {"align/cos/task|self": float("nan")})
+    first = train(settings(folder, method="stm", method_options="tau=inf"))
+    assert first["recorded"] == {"align/cos/task|self": None} and first["method"]["tau"] is None
+    assert train(settings(folder, method="stm", method_options="tau=inf")) == first
+    json.loads((folder / "run" / "summary.json").read_text(), parse_constant=pytest.fail)
+
+
 def test_another_configuration_in_the_same_folder_is_refused(folder: Path) -> None:
     train(settings(folder))
     with pytest.raises(UsageError, match=r"holds another run \(settings.lr is 0.01, now 0.001\); name another folder"):

@@ -90,7 +90,8 @@ def test_results_are_joined_with_the_registry(tmp_path: Path, capsys: pytest.Cap
 @pytest.mark.parametrize("low, high, expected", [
     (0.02, 0.04, "supported"), (-0.01, 0.005, "contradicted"), (0.0, 0.04, "inconclusive"), (math.nan, math.nan, "inconclusive")])
 def test_every_outcome(low: float, high: float, expected: str, tmp_path: Path) -> None:
-    draw(tmp_path, style(low, high))
+    path = draw(tmp_path, style(low, high), weight=math.inf)
+    json.loads(path.read_text(), parse_constant=pytest.fail)  # JSON has no numbers that are not finite
     assert {e.prediction.id: e.outcome for e in ledger.read(tmp_path, DEMO)}["C2/demo/style"] == expected
 
 
@@ -115,7 +116,8 @@ def test_a_prediction_changed_after_the_result_is_found(field: str, value, tmp_p
 
 
 @pytest.mark.parametrize("field, value, message", [
-    ("value", "0.3", "value must be a number, got '0.3'"), ("low", None, "low must be a number, got None"),
+    ("value", "0.3", "value must be a number, got '0.3'"), ("level", None, "level must be a number, got None"),
+    ("low", None, "verdict is 'supported' there; by rule 0.03 [nan, 0.04], predicted > 0.01, is 'inconclusive'"),
     ("low", 0.05, "low must not be above high, got 0.05 and 0.04"), ("n", 2.5, "n must be a whole number, got 2.5"),
     ("n", 0, "n must be at least 1, got 0"), ("level", 0.5, "level 0.95 or more, got 0.5"),
     ("conditions", None, "conditions must be an object, got None"), ("conditions", {"n": 4}, "multiple values"),
