@@ -1,7 +1,7 @@
 """What methods gain on a task against what they drop elsewhere: as a table, as points, as a figure, and at one gain."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -49,8 +49,8 @@ def gain_drop(base: Folder, methods: Mapping[str, Sequence[Folder] | Mapping[Any
 def _turned(change: Estimate, minus: bool) -> Estimate:
     """The change, or minus the change."""
     sign = -1.0 if minus else 1.0
-    return Estimate(sign * change.value, sign * change.by_seed, {name: sign * r for name, r in change.by_cluster.items()},
-                    sign * change.shift)
+    return replace(change, value=sign * change.value, by_seed=sign * change.by_seed,
+                   by_cluster={name: sign * r for name, r in change.by_cluster.items()}, shift=sign * change.shift)
 
 
 def _interval(estimate: Estimate, level: float) -> dict[str, float]:

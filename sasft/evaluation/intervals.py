@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,13 +20,15 @@ class Estimate:
     The parts :math:`r_{si}` of a ratio :math:`\sum t / \sum w` are :math:`(t_{si} - \hat\theta w_{si}) / \sum w`; those of a sum
     or difference of ratios are the sums or differences of theirs, so what two paired scores share cancels. ``by_seed`` [S]
     holds :math:`\sum_i r_{si}`, ``by_cluster`` :math:`\sqrt{G/(G-1)} \sum_{s,\,i \in g} r_{si}` under the names of the G
-    clusters. ``shift``: how far the middle of the interval lies from the value.
+    clusters. ``shift``: how far the middle of the interval lies from the value; ``bound``: what the value can be at most, and minus
+    which at least.
     """
 
     value: float
     by_seed: Array
     by_cluster: dict[str, float]
     shift: float = 0.0
+    bound: float = math.inf
 
     @classmethod
     def of(cls, value: float, parts: Array, clusters: Sequence[str]) -> "Estimate":
@@ -55,12 +57,12 @@ class Estimate:
         value = float(changes.mean())
         plain = cls.of(value, (changes - value) / changes.size, clusters)
         if not (_independent(changes, plain) or plain.vanishes):
-            return plain
+            return replace(plain, bound=1.0)
         own = _by_cluster(changes, clusters)
         n = len(own) + 2
         middle = sum(own.values()) / n
         parts = {name: (change - middle) / n for name, change in own.items()}
-        return cls(value, plain.by_seed, {**parts, f"beside {clusters[0]}": math.sqrt(1 + 2 * middle**2) / n}, middle - value)
+        return cls(value, plain.by_seed, {**parts, f"beside {clusters[0]}": math.sqrt(1 + 2 * middle**2) / n}, middle - value, 1.0)
 
     @property
     def vanishes(self) -> bool:
@@ -88,7 +90,7 @@ class Estimate:
             return middle, middle
         freedom = (v_s + v_i) ** 2 / ((v_s**2 / (n_seeds - 1) if n_seeds > 1 else 0.0) + v_i**2 / max(n_clusters - 1, 1))
         reach = float(stdtrit(freedom, (1 + level) / 2)) * math.sqrt(v_s + v_i)
-        return middle - reach, middle + reach
+        return max(middle - reach, -self.bound), min(middle + reach, self.bound)
 
 
 def share_interval(hits: Array, clusters: Sequence[str], level: float = LEVEL) -> tuple[float, float]:
@@ -103,12 +105,14 @@ def share_interval(hits: Array, clusters: Sequence[str], level: float = LEVEL) -
     """
     share = float(hits.mean())
     plain = Estimate.of(share, (hits - share) / hits.size, clusters)
-    if not (_independent(hits, plain) or plain.vanishes):
-        return plain.interval(level)
-    n, z = len(plain.by_cluster), float(ndtri((1 + level) / 2))
-    middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
-    reach = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
-    return max(middle - reach, 0.0), min(middle + reach, 1.0)
+    if _independent(hits, plain) or plain.vanishes:
+        n, z = len(plain.by_cluster), float(ndtri((1 + level) / 2))
+        middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+        reach = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+        low, high = middle - reach, middle + reach
+    else:
+        low, high = plain.interval(level)
+    return max(low, 0.0), min(high, 1.0)
 
 
 def is_share(totals: Array, weights: Array) -> bool:
@@ -159,7 +163,7 @@ def average(estimates: Sequence[Estimate]) -> Estimate:
         for name, r in estimate.by_cluster.items():
             by_cluster[name] = by_cluster.get(name, 0.0) + r / len(estimates)
     return Estimate(float(np.mean([e.value for e in estimates])), np.mean([e.by_seed for e in estimates], axis=0), by_cluster,
-                    float(np.mean([e.shift for e in estimates])))
+                    float(np.mean([e.shift for e in estimates])), float(np.mean([e.bound for e in estimates])))
 
 
 def chance_adjusted(flipped: float, before: float, after: float, k: int | None) -> float:

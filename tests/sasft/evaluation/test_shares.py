@@ -9,7 +9,7 @@ import pytest
 from scipy.stats import binom, binomtest, multinomial, norm, t
 
 from sasft.evaluation import forgetting, gain_drop
-from sasft.evaluation.intervals import Estimate, share_interval
+from sasft.evaluation.intervals import Estimate, average, share_interval
 from tests.sasft.evaluation.test_forgetting import write
 
 N = 20
@@ -42,7 +42,7 @@ def test_a_change_has_the_interval_of_a_table_with_half_a_pair_more_in_each_cell
     reach = t.ppf(0.975, n) * math.sqrt((share10 + share01 - (share01 - share10) ** 2) / (n + 2))
     found = Estimate.of_flips(flips(lost, gained, n), [str(i) for i in range(n)])
     assert found.value == pytest.approx((gained - lost) / n)
-    assert found.interval() == pytest.approx((share01 - share10 - reach, share01 - share10 + reach))
+    assert found.interval() == pytest.approx((max(share01 - share10 - reach, -1), min(share01 - share10 + reach, 1)))
 
 
 def test_shares_cover_summed_over_all_outcomes() -> None:
@@ -76,7 +76,8 @@ def test_changes_cover_summed_over_all_outcomes() -> None:
 
 def test_items_in_clusters_and_several_seeds_keep_their_formula() -> None:
     passages = [str(i // 4) for i in range(N)]
-    for values, clusters in ((flips(3, 9, N), passages), (np.repeat(flips(3, 9, N), 2, axis=0), NAMES)):
+    mixed = np.random.default_rng(0).permuted(flips(3, 9, N), axis=1)
+    for values, clusters in ((mixed, passages), (np.repeat(mixed, 2, axis=0), NAMES)):
         assert Estimate.of_flips(values, clusters).interval() == plain(values, clusters).interval()
         assert share_interval(np.abs(values), clusters) == plain(np.abs(values), clusters).interval()
 
@@ -91,6 +92,15 @@ def test_where_no_cluster_differs_each_counts_as_one_item(seeds: int) -> None:
     low, high = share_interval(half, passages)
     assert 0.5 - low == pytest.approx(norm.ppf(0.975) * math.sqrt(low * (1 - low) / 5)) and low + high == pytest.approx(1)
     assert share_interval(np.ones((seeds, 4)), ["one passage"] * 4) == pytest.approx(share_interval(hits(1, 1), ["0"]))
+
+
+def test_intervals_hold_nothing_that_cannot_be() -> None:
+    passages = ["a", "a", "a", "b"]
+    assert share_interval(hits(3, 4), passages) == (0.0, 1.0) and plain(hits(3, 4), passages).interval()[1] > 1
+    for lost, clusters in ((flips(4, 0, 4), NAMES[:4]), (flips(3, 0, 4), passages)):
+        assert Estimate.of_flips(lost, clusters).interval()[0] == -1
+    scores = Estimate.of(0.5, np.array([[3.0, -3.0]]), ["a", "b"])
+    assert scores.interval()[1] > 1 and average([scores, scores]).interval()[1] > 1  # other scores know no bound
 
 
 @pytest.mark.parametrize("choices", [None, 4])
