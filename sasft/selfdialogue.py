@@ -7,6 +7,7 @@ and a stopped run goes on without repeating or changing a row.
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +22,11 @@ from sasft.files import JsonlWriter, write_jsonl
 from sasft.sampling import row_seed
 from sasft.writing import Job, Messages, Writer, answer, answer_until, existing, progress_bar, respond
 
-__all__ = ["SINGLE_TURN", "Dialogues", "Job", "Writer", "answer", "answer_until", "respond", "write_dialogues"]
+__all__ = ["SINGLE_TURN", "Dialogues", "Job", "Writer", "answer", "answer_until", "generated_tokens", "respond", "write_dialogues"]
 
 # Candidates are drawn in chunks of this many batches, or of one call to a refilled batch if that is more.
 _BATCHES_A_CHUNK = 2
+_OWN_ID = re.compile(r"self-\d+-\d{6,}(\.\d+)?")  # of a row that write_dialogues has written
 _TOPIC = "The user asks about {topic}."
 
 
@@ -177,6 +179,17 @@ def _user_prefix(chat: Chat, before: Messages, topic: str | None) -> list[int]:
     if topic is not None:
         system = " ".join(filter(None, [system, _TOPIC.format(topic=topic)]))
     return chat.user_prefix_ids(system, history)
+
+
+def generated_tokens(rows: Sequence[Row], chat: Chat) -> int:
+    """Tokens that had to be written for these rows: of all answers, and of self-dialogues the user turns that they answer, ends of turns
+    among them. User turns that were passed over leave no rows, and are not counted; text without ``response_ids`` counts as the
+    tokenizer cuts it."""
+    def of(text: str) -> int:
+        return len(chat.tokenizer(text, add_special_tokens=False).input_ids)
+
+    answers = sum((of(row.response) if row.response_ids is None else len(row.response_ids)) + row.finished for row in rows)
+    return answers + sum(of(row.prompt[-1]["content"]) + 1 for row in rows if _OWN_ID.fullmatch(row.id))
 
 
 def place(row_id: str) -> tuple[int, int]:

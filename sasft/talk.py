@@ -18,7 +18,7 @@ from sasft.models import load_model, resolve, weights_hash
 from sasft.precision import Precision, resolved
 from sasft.processes import join
 from sasft.sampling import EXACT, PAPER, Sampler, positions
-from sasft.selfdialogue import Dialogues, Writer
+from sasft.selfdialogue import Dialogues, Writer, generated_tokens
 from sasft.settings import option
 from sasft.shards import write_in_parallel
 from sasft.topics import LEXICONS, TopicClassifier
@@ -129,8 +129,8 @@ class Talk:
     """What was written: the file to train on, what its rows are like, what filters and ablation did.
 
     ``generated_tokens``: of all answers and user turns written, ends of turns among them and dropped rows too, but no user turns
-    that were passed over. What SA-SFT costs beyond SFT, as :class:`sasft.methods.Costs` counts it for methods that write as they
-    train.
+    that were passed over (:func:`sasft.selfdialogue.generated_tokens`). What SA-SFT costs beyond SFT; a training on the rows that
+    are left counts these alone (:class:`sasft.methods.Costs`).
     """
 
     path: Path
@@ -228,9 +228,7 @@ def _chosen(settings: TalkSettings, rows: Sequence[Row], chat: Chat) -> tuple[li
         left, report = ablate(left, rule, second, reads=settings.ablate_reads)
         ablations.append(report)
     quality = inspect_rows(left, chat, expected_language=settings.language)
-    spent = sum(len(chat.tokenizer(row.prompt[-1]["content"], add_special_tokens=False).input_ids) + 1
-                + len(row.response_ids) + row.finished for row in rows)
-    return left, Talk(path=settings.kept, generated_tokens=spent, quality=quality, limits=settings.quality_limits(), filters=filters,
+    return left, Talk(path=settings.kept, generated_tokens=generated_tokens(rows, chat), quality=quality, limits=settings.quality_limits(), filters=filters,
                       ablations=ablations)
 
 

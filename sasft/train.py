@@ -30,6 +30,7 @@ from sasft.precision import autocast
 from sasft.probes import run_probes
 from sasft.processes import first_goes_first, in_one_piece, join, sharding_asked
 from sasft.sampling import EXACT
+from sasft.selfdialogue import generated_tokens
 from sasft.settings import option
 from sasft.sources import Source
 from sasft.trainer import FitSettings, check_positions, fit
@@ -191,6 +192,8 @@ def _train(settings: TrainSettings, material: "Material", text: str | None, iden
         rows = method.encoded(rows, model, chat.pad_id, costs, out / "method")
         objective = method.objective(model, rows, chat.pad_id, costs)
     plan = lay_out(settings, material, rows)
+    if plan.report()["rows"].get(SELF) or method.names(SELF):
+        costs.self_data_tokens = generated_tokens([*material.rows[SELF], *material.held_out[SELF]], chat)
     if first:
         plan.save(out / "plan.jsonl")
         write_json(out / "mix.json", plan.report())

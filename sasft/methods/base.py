@@ -38,11 +38,16 @@ class Costs:
 
     ``forward_tokens``: run through a model without a gradient (the base's predictions, scoring of rows); ``backward_tokens``: run
     through it forwards and backwards, besides SFT's own pass; ``generated_tokens``: sampled.
+
+    ``self_data_tokens``: sampled before the run, for the self rows that it was given (:func:`sasft.selfdialogue.generated_tokens`):
+    all rows of the file, or of a mix all that it holds, if the steps read any or an option of the method names them; else 0.
+    Rivals that write as they train spend ``generated_tokens`` in their place: at equal cost, the sums of the two are equal.
     """
 
     forward_tokens: int = 0
     backward_tokens: int = 0
     generated_tokens: int = 0
+    self_data_tokens: int = 0
 
     def describe(self) -> dict[str, int]:
         """The counts as a plain dictionary."""
@@ -142,6 +147,10 @@ class Method:
     def objective(self, model: nn.Module, rows: Mapping[str, Sequence[Encoded]], pad_id: int, costs: Costs) -> Objective | None:
         """The state of one training; None stands for plain SFT. ``model`` is untrained still."""
         return None
+
+    def names(self, source: str) -> bool:
+        """Whether an option names this source of rows, beyond those that the steps read."""
+        return any(source in str(getattr(self, name, "")).replace(" ", "").split(",") for name in ("on", "prompts", "of"))
 
     def learning_rate(self, lr: float) -> float:
         """The peak learning rate, from the one that was asked for."""

@@ -1,6 +1,7 @@
 """Self-dialogues: what a row holds, and that stopping and going on changes none."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from sasft.data import read_rows
 from sasft.errors import UsageError
 from sasft.sampling import Sampler
-from sasft.selfdialogue import SINGLE_TURN, Dialogues, Writer, answer, answer_until, write_dialogues
+from sasft.selfdialogue import SINGLE_TURN, Dialogues, Writer, answer, answer_until, generated_tokens, write_dialogues
 from tests.sasft import tiny_chat
 
 
@@ -32,6 +33,17 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """20 dialogues that were written in one go."""
     make(out := tmp_path_factory.mktemp("whole") / "self.jsonl")
     return out
+
+
+@pytest.mark.parametrize("turns", [1, 2])
+def test_the_tokens_that_rows_took_are_counted(turns: int, tmp_path: Path) -> None:
+    rows = make(tmp_path / "self.jsonl", n=8, dialogues=Dialogues(turns=turns))
+    answers = sum(len(row.meta["logprobs"]) for row in rows)
+    asked = sum(len(row.prompt[-1]["content"]) + 1 for row in rows)  # a token is a letter here
+    assert generated_tokens(rows, tiny_chat.chat()) == answers + asked
+    given = [replace(row, id=f"given-{i}") for i, row in enumerate(rows)]  # prompts that no model has written
+    assert generated_tokens(given, tiny_chat.chat()) == answers
+    assert generated_tokens([replace(row, response_ids=None) for row in given], tiny_chat.chat()) == answers
 
 
 def test_a_row_says_where_it_comes_from(tmp_path: Path) -> None:

@@ -495,13 +495,24 @@ def test_a_stopped_method_ends_where_a_whole_one_does(method: str, options, tmp_
         assert parts.backward_tokens == whole.backward_tokens and parts.generated_tokens > whole.generated_tokens
 
 
-@pytest.mark.parametrize("method, options, lam", [
-    ("stm", "tau=20", 0.5), ("spin", "max_new_tokens=6", 0.5), ("freeze", "layers=0", 0.0), ("lora", "r=2", 0.5), ("kl-self", "", 0.5),
-    ("low-lr", "", 0.5)])
-def test_methods_run_from_files(method: str, options: str, lam: float, folder: Path) -> None:
+@pytest.mark.parametrize("lam, method, counted", [
+    (0.5, "sft", True), (0.5, "kl-self", True), (0.0, "sft", False), (0.0, "ewc", True), (0.0, "l2-sp", False)])
+def test_what_self_rows_took_to_be_written_is_counted_where_they_are_used(lam: float, method: str, counted: bool, folder: Path) -> None:
+    written = sum(len("well well") + 1 for _ in QUESTIONS * 2)  # a token is a letter here; those held out had to be written too
+    summary = train(settings(folder, lam=lam, method=method))
+    assert summary["costs"]["self_data_tokens"] == (written if counted else 0) and summary["costs"]["generated_tokens"] == 0
+    if lam:
+        mixed(folder, steps=8)
+        assert train(on_mix(folder, method=method))["costs"]["self_data_tokens"] == written
+
+
+@pytest.mark.parametrize("method, options, lam, spent", [
+    ("stm", "tau=20", 0.5, {"forward_tokens"}), ("spin", "max_new_tokens=6", 0.5, {"forward_tokens", "backward_tokens", "generated_tokens"}),
+    ("freeze", "layers=0", 0.0, set()), ("lora", "r=2", 0.5, set()), ("kl-self", "", 0.5, {"forward_tokens"}), ("low-lr", "", 0.5, set())])
+def test_methods_run_from_files(method: str, options: str, lam: float, spent: set[str], folder: Path) -> None:
     summary = train(settings(folder, method=method, method_options=options, lam=lam))
-    assert summary["method"]["name"] == method and set(summary["costs"]) == {"forward_tokens", "backward_tokens", "generated_tokens"}
-    assert any(summary["costs"].values()) == (method in ("stm", "spin", "kl-self"))
+    assert summary["method"]["name"] == method and set(summary["costs"]) == set(Costs().describe())
+    assert {cost for cost, n in summary["costs"].items() if n} - {"self_data_tokens"} == spent
     assert read(folder / "run" / "config.json")["identity"]["settings"]["method"] == method
     if method == "stm":
         assert summary["mix"]["loss_tokens"]["task"] < train(settings(folder, out=str(folder / "sft")))["mix"]["loss_tokens"]["task"]

@@ -145,8 +145,9 @@ def test_methods_that_choose_rows_run_from_files(name: str, rank: int, folder: P
     plain = train(scripted.settings(folder, "plain", **common))
     summary = train(scripted.settings(folder, "active", method=name, method_options=ACTIVE[name], **common))
     assert summary["weights_sha256"] != plain["weights_sha256"]
-    assert {cost for cost, n in summary["costs"].items() if n} == COSTS[name]
+    assert {cost for cost, n in summary["costs"].items() if n} == {"self_data_tokens", *COSTS[name]}
     neutral = train(scripted.settings(folder, "neutral", method=name, method_options=NEUTRAL[name], **common))
-    assert neutral["weights_sha256"] == plain["weights_sha256"] and not any(neutral["costs"].values())
+    assert neutral["weights_sha256"] == plain["weights_sha256"] and neutral["costs"] == plain["costs"]
+    assert {run["costs"]["self_data_tokens"] for run in (plain, summary)} == {sum(len(r.meta["logprobs"]) for r in read_rows(folder / "self.jsonl"))}
     if name == "slearnllm":
         assert json.loads((folder / "active" / "method" / "slearnllm.json").read_text())["kept"] == 6
