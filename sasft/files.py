@@ -5,10 +5,14 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
+
+from safetensors import SafetensorError
 
 from drift.table import written_whole
 from sasft.errors import UsageError
@@ -91,6 +95,20 @@ def ensure_writable(folder: Path | str) -> None:
     except OSError as error:
         raise UsageError(f"the folder {folder} can't be written to: {error.strerror}; name another "
                          "one") from None
+
+
+@contextmanager
+def saving(what: str, folder: Path) -> Iterator[None]:
+    """Around what writes model files to ``folder``: whatever error their writers have for a full disk is a :class:`UsageError`, and
+    what was begun of ``folder`` is removed."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder.parent).free / 2**20
+        raise UsageError(f"{what} can't be written to {folder} ({str(error).splitlines()[0]}), where {free:,.0f} MiB are free now; make room, "
+                         "and the same command goes on") from error
 
 
 def as_json(data: Any) -> Any:

@@ -20,7 +20,7 @@ import drift
 from sasft.chat import Chat, Encoded
 from sasft.data import Row, encode_rows, read_rows
 from sasft.errors import UsageError
-from sasft.files import ensure_writable, sha256_file, write_json
+from sasft.files import ensure_writable, saving, sha256_file, write_json
 from sasft.manifest import claim
 from sasft.methods import Costs, Method, Workshop, parse_method
 from sasft.mixing import SELF, TASK, Plan, make_plan, mix
@@ -208,8 +208,9 @@ def _train(settings: TrainSettings, material: "Material", text: str | None, iden
     with first_goes_first():
         if first:
             if settings.save_model:
-                model.save_pretrained(out / "model")
-                tokenizer.save_pretrained(out / "model")
+                with saving("the trained model", out / "model"):
+                    model.save_pretrained(out / "model")
+                    tokenizer.save_pretrained(out / "model")
             summary = {"mix": plan.report(), "method": method.describe(), "costs": costs.describe(),
                        "weights_sha256": weights_hash(model),
                        "recorded": callbacks[0].recorder.latest() if callbacks else {},

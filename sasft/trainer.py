@@ -21,7 +21,7 @@ from drift import DriftCallback, SourceGradients
 from sasft.batches import MicroBatches, RowsOfSources, batch_of, check_reads
 from sasft.chat import Encoded
 from sasft.errors import UsageError
-from sasft.files import write_json
+from sasft.files import saving, write_json
 from sasft.methods import Objective, response_loss
 from sasft.mixing import Plan
 from sasft.packing import check_rows_apart
@@ -158,6 +158,11 @@ class _Trainer(transformers.Trainer):
         return UsageError(f"training has diverged, {what}; the losses until then: {', '.join(losses[-3:]) or 'none'}. Lower lr "
                           f"({self.settings.lr:g}) or raise warmup_steps ({self.settings.warmup_steps}). What was recorded before stays")
 
+    def _save_checkpoint(self, model, trial) -> None:
+        step = self.state.global_step
+        with saving(f"the checkpoint of step {step}", Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"):
+            super()._save_checkpoint(model, trial)
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.objective is not None:
@@ -218,7 +223,8 @@ def fit(
     Raises :class:`UsageError` if the plan reads rows that there are not, if rows are longer than the model takes, if it does not keep
     packed rows apart, or if the objective can't do with packing, activation checkpointing, sharded weights or gradients by source. Also, in all processes,
     before a step is taken whose loss or gradient norm is not finite, or where a recording or the last step's weights show that
-    training has diverged; what was recorded and saved before stays.
+    training has diverged; what was recorded and saved before stays. Also for a checkpoint that can't be written, from the last one
+    before which the same call goes on.
     """
     check_reads(plan, rows)
     check_positions(model, rows)

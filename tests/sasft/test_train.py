@@ -2,9 +2,11 @@
 
 import json
 import random
+import resource
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -473,6 +475,34 @@ def test_a_checkpoint_that_was_not_finished_is_passed_over(tmp_path: Path) -> No
     (torn / "trainer_state.json").write_text('{"epoch": 0.')
     resumed, rest = run(tmp_path / "parts", save_every=2)
     assert distance(whole, resumed) == 0 and rest == losses
+
+
+@contextmanager
+def small_disk(largest: int):
+    """Files can't grow beyond so many bytes: what writes more fails in the middle, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("largest", [60_000, 20_000])  # the model fits, and the optimiser's moments don't; neither does
+def test_a_checkpoint_that_the_disk_has_no_room_for(largest: int, folder: Path) -> None:
+    whole = train(settings(folder, out=str(folder / "whole"), record_every=0))
+    with small_disk(largest), pytest.raises(UsageError, match=r"the checkpoint of step 2 can't be written to .*checkpoint-2 \(.*MiB are free now; "
+                                                              "make room, and the same command goes on"):
+        train(settings(folder, record_every=0))
+    assert not list((folder / "run" / "checkpoints").iterdir())
+    assert train(settings(folder, record_every=0)) == whole
+
+
+def test_a_model_that_the_disk_has_no_room_for(folder: Path) -> None:
+    with small_disk(20_000), pytest.raises(UsageError, match="the trained model can't be written to .*model .*; make room"):
+        train(settings(folder, record_every=0, save_every=0))
+    assert not (folder / "run" / "summary.json").exists()
+    assert train(settings(folder, record_every=0, save_every=0))["loss"]
 
 
 @pytest.mark.parametrize("method, options", [
