@@ -28,7 +28,7 @@ from torch import nn
 from tqdm import tqdm
 
 import drift
-from drift.alignment import cosine, cosine_error, mean_inner, mean_inner_error
+from drift.alignment import mean_inner, mean_inner_error
 from sasft.chat import Chat, Encoded, collate
 from sasft.errors import UsageError
 from sasft.files import ensure_writable
@@ -143,7 +143,7 @@ def _kept(path: Path, model: nn.Module, rows: Sequence[Encoded], pad_id: int, se
 
 
 def measure(values: Mapping[str, NDArray[np.float32]]) -> dict[str, dict[str, Any]]:
-    """For every kind of data its ‖E g‖² and the uncorrected ‖mean g‖², as shares of the task's ‖E g‖², and its cosine with the task."""
+    """For every kind of data its ‖E g‖² and the uncorrected ‖mean g‖², as shares of the task's ‖E g‖², and ⟨E g, E g_task⟩."""
     task = values[TASK].astype(np.float64)
     found: dict[str, dict[str, Any]] = {}
     norm, norm_error = _norm2(task @ task.T)
@@ -152,9 +152,9 @@ def measure(values: Mapping[str, NDArray[np.float32]]) -> dict[str, dict[str, An
         gram, n = both @ both.T, len(one)
         mine, rest = list(range(n)), list(range(n, len(both)))
         value, error = _norm2(gram[:n, :n])
-        cos, cos_error = (1.0, 0.0) if name == TASK else (cosine(gram, mine, rest), cosine_error(gram, mine, rest))
+        inner, inner_error = (value, error) if name == TASK else (mean_inner(gram, mine, rest), mean_inner_error(gram, mine, rest))
         found[name] = {"source": name, "rows": n, "share": value / norm, "share_error": 0.0 if name == TASK else ratio_error(value, error, norm, norm_error),
-                       "uncorrected": float(gram[:n, :n].mean()) / norm, "norm2": value, "norm2_error": error, "cos_task": cos, "cos_task_error": cos_error}
+                       "uncorrected": float(gram[:n, :n].mean()) / norm, "norm2": value, "norm2_error": error, "inner_task": inner, "inner_task_error": inner_error}
     return found
 
 
