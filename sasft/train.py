@@ -192,7 +192,7 @@ def _train(settings: TrainSettings, material: "Material", text: str | None, iden
         rows = method.encoded(rows, model, chat.pad_id, costs, out / "method")
         objective = method.objective(model, rows, chat.pad_id, costs)
     plan = lay_out(settings, material, rows)
-    if plan.report()["rows"].get(SELF) or method.names(SELF):
+    if plan.report()["rows"].get(SELF) or SELF in method.reads():
         costs.self_data_tokens = generated_tokens([*material.rows[SELF], *material.held_out[SELF]], chat)
     if first:
         plan.save(out / "plan.jsonl")

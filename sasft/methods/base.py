@@ -40,7 +40,7 @@ class Costs:
     through it forwards and backwards, besides SFT's own pass; ``generated_tokens``: sampled.
 
     ``self_data_tokens``: sampled before the run, for the self rows that it was given (:func:`sasft.selfdialogue.generated_tokens`):
-    all rows of the file, or of a mix all that it holds, if the steps read any or an option of the method names them; else 0.
+    all rows of the file, or of a mix all that it holds, if the steps or the method read any; else 0.
     Rivals that write as they train spend ``generated_tokens`` in their place: at equal cost, the sums of the two are equal.
     """
 
@@ -148,9 +148,9 @@ class Method:
         """The state of one training; None stands for plain SFT. ``model`` is untrained still."""
         return None
 
-    def names(self, source: str) -> bool:
-        """Whether an option names this source of rows, beyond those that the steps read."""
-        return any(source in str(getattr(self, name, "")).replace(" ", "").split(",") for name in ("on", "prompts", "of"))
+    def reads(self) -> Sequence[str]:
+        """Sources that it needs also where no step reads them."""
+        return ()
 
     def learning_rate(self, lr: float) -> float:
         """The peak learning rate, from the one that was asked for."""

@@ -112,6 +112,9 @@ class OnlineReplay(Method):
             raise UsageError(f"loss must be kl or ntp, got {self.loss!r}")
         check_counts(rows_per_step=self.rows_per_step, max_new_tokens=self.max_new_tokens, buffer=self.buffer)
 
+    def reads(self) -> Sequence[str]:
+        return source_names(self.prompts) if self.weight else ()
+
     def objective(self, model: nn.Module, rows: Mapping[str, Sequence[Encoded]], pad_id: int, costs: Costs) -> Objective | None:
         if self.weight == 0:
             return None

@@ -104,6 +104,9 @@ class Ewc(Method):
         source_names(self.on)
         check_counts(fisher_rows=self.fisher_rows)
 
+    def reads(self) -> Sequence[str]:
+        return source_names(self.on) if self.weight else ()
+
     def objective(self, model: nn.Module, rows: Mapping[str, Sequence[Encoded]], pad_id: int, costs: Costs) -> Objective | None:
         if self.weight == 0:
             return None

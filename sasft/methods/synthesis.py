@@ -81,6 +81,9 @@ class Ssr(Method):
             raise UsageError(f"of must be {SELF} or {TASK}, got {self.of!r}")
         self._sampler()
 
+    def reads(self) -> Sequence[str]:
+        return (self.of,) if self.n else ()
+
     def rows(self, sources: Mapping[str, Sequence[Row]], workshop: Workshop) -> dict[str, list[Row]]:
         found = super().rows(sources, workshop)
         if self.n == 0:

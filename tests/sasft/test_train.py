@@ -525,11 +525,12 @@ def test_a_stopped_method_ends_where_a_whole_one_does(method: str, options, tmp_
         assert parts.backward_tokens == whole.backward_tokens and parts.generated_tokens > whole.generated_tokens
 
 
-@pytest.mark.parametrize("lam, method, counted", [
-    (0.5, "sft", True), (0.5, "kl-self", True), (0.0, "sft", False), (0.0, "ewc", True), (0.0, "l2-sp", False)])
-def test_what_self_rows_took_to_be_written_is_counted_where_they_are_used(lam: float, method: str, counted: bool, folder: Path) -> None:
+@pytest.mark.parametrize("lam, method, options, counted", [
+    (0.5, "sft", "", True), (0.5, "kl-self", "", True), (0.0, "sft", "", False), (0.0, "ewc", "", True), (0.0, "ewc", "weight=0", False)])
+def test_what_self_rows_took_to_be_written_is_counted_where_they_are_used(lam: float, method: str, options: str, counted: bool,
+                                                                           folder: Path) -> None:
     written = sum(len("well well") + 1 for _ in QUESTIONS * 2)  # a token is a letter here; those held out had to be written too
-    summary = train(settings(folder, lam=lam, method=method))
+    summary = train(settings(folder, lam=lam, method=method, method_options=options))
     assert summary["costs"]["self_data_tokens"] == (written if counted else 0) and summary["costs"]["generated_tokens"] == 0
     if lam:
         mixed(folder, steps=8)

@@ -10,6 +10,7 @@ from transformers import TrainerCallback
 from sasft.errors import UsageError
 from sasft.methods import METHODS, Costs, method, parse_method
 from sasft.methods.base import Method
+from sasft.mixing import SELF, TASK
 from tests.sasft.methods import cases
 
 # The options with which a method is plain SFT, and options with which it is not.
@@ -144,3 +145,12 @@ def test_rows_are_taken_from_as_many_sources_as_are_named() -> None:
     replay = method("online-replay", prompts="task,self").objective(cases.tiny(), data, 0, Costs())
     assert replay.prompts == [*data["task"], *data["self"]]
     assert method("kl-task", on="task,self").objective(cases.tiny(), data, 0, Costs()).on == ("task", "self")
+
+
+def test_methods_name_the_sources_that_they_read_beyond_the_steps() -> None:
+    required = {"external": {"file": "web.jsonl"}}
+    found = {name: set(method(name, **required.get(name, {})).reads()) for name in METHODS if name != "freeze"}
+    assert {name: sources for name, sources in found.items() if sources} == {"ewc": {SELF}, "online-replay": {SELF}, "ssr": {SELF}}
+    assert set(method("ewc", on="task, self").reads()) == {TASK, SELF} and method("ssr", of="task").reads() == (TASK,)
+    for name, off in (("ewc", {"weight": 0}), ("online-replay", {"weight": 0}), ("ssr", {"n": 0})):
+        assert not method(name, **off).reads()
