@@ -38,6 +38,7 @@ from sasft.talk import TalkSettings
 from sasft.terminal import counted, duration, gib
 from sasft.train import Rows, TrainSettings, encode, load, read_general_text, read_material
 from sasft.train import lay_out as lay_out_training
+from sasft.trainer import check_positions
 
 Loaded = tuple[nn.Module, PreTrainedTokenizerBase]
 
@@ -126,6 +127,7 @@ def reckon(settings: TrainSettings) -> Reckoned:
 
 def _reckon(settings: TrainSettings, model: nn.Module, plan: Plan, rows: Rows, held_out: Rows, chat: Chat, reports: Sequence[str]) -> Reckoned:
     model = settings.chosen_method().prepare(model, settings.seed)
+    check_positions(model, rows), check_positions(model, held_out)
     cost = measure_training(model, plan, rows, settings, chat.pad_id)
     recordings, seconds, snapshot = 0, 0.0, 0
     if settings.records:

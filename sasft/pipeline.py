@@ -136,7 +136,7 @@ def run(settings: Any, say: Callable[[str], None] = print) -> dict[str, Any]:
         _check(settings, parts)
     ensure_writable(out)
     claim(out / "run.json", {name: value for name, value in asdict(settings).items()
-                             if name not in _FREE and not name.startswith("evaluate_")})
+                             if name not in _FREE and not name.startswith(("evaluate_", "train_"))})  # training claims a folder of its own
     report: dict[str, Any] = {}
     if parts.talk:
         say(f"\n== self-dialogues: {parts.talk.out}")

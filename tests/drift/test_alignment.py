@@ -98,7 +98,7 @@ def test_rows_may_be_packed_into_one_sequence() -> None:
 def test_rows_packed_by_a_block_mask_are_those_of_a_batch() -> None:
     model, batch = zoo.llama().double(), {k: v for k, v in zoo.batch(rows=3, vocabulary=32).items() if k != "attention_mask"}
     rows = torch.arange(3).repeat_interleave(7).reshape(1, -1)
-    sees = (rows.T == rows) & torch.ones(21, 21).tril().bool()
+    sees = (rows == rows.T) & torch.ones(21, 21).tril().bool()
     packed = {k: v.reshape(1, -1) for k, v in batch.items()} | {
         "position_ids": torch.arange(7).repeat(1, 3), "attention_mask": torch.where(sees, 0.0, -torch.inf).double()[None, None]}
     found = gradient_gram(model, packed, rows=rows)

@@ -111,6 +111,22 @@ def test_meta_says_how_it_came_about(tmp_path: Path) -> None:
         "run", "step", "metric", "layer", "module", "source", "value", "stderr", "n_tokens"]
 
 
+def test_meta_is_strict_json_whatever_the_config_holds(tmp_path: Path) -> None:
+    """Other readers than Python's know no NaN; a run that goes on is still the same one."""
+    model, config = nn.Linear(1, 1), {"tau": math.inf, "rates": [0.5, math.nan]}
+    base = drift.Reference.snapshot(model)
+    with drift.record(model, tmp_path, config=config, reference=base) as rec:
+        walk(model, rec, 1)
+
+    def refused(word: str) -> None:
+        raise AssertionError(word)
+
+    meta = json.loads((tmp_path / "drift" / "meta.json").read_text(), parse_constant=refused)
+    assert meta["config"] == {"tau": None, "rates": [0.5, None]}
+    with drift.record(model, tmp_path, config=config, reference=base, start_step=1):
+        pass
+
+
 def test_a_resumed_recording_drops_what_came_later_and_keeps_the_rest(tmp_path: Path) -> None:
     def train(steps: int, start: int, model, reference) -> None:
         with drift.record(model, tmp_path, reference=reference, start_step=start) as rec:

@@ -74,6 +74,17 @@ def test_one_command_from_a_task_to_the_tables(settings, files: Path, tmp_path: 
         run(settings(train_record_every=3, mix_steps=4), quiet)
 
 
+def test_training_that_was_refused_is_set_right_in_the_same_folder(settings, tmp_path: Path) -> None:
+    """What was written and mixed before stays."""
+    with pytest.raises(UsageError, match="layers"):
+        run(settings(evaluate_suites="", train_method="freeze", train_method_options="layers=99"), quiet)
+    written = (tmp_path / "run" / "self.jsonl").read_bytes()
+    report = run(settings(evaluate_suites="", train_method="freeze", train_method_options="layers=0"), quiet)
+    assert report["method"]["name"] == "freeze" and (tmp_path / "run" / "self.jsonl").read_bytes() == written
+    with pytest.raises(UsageError, match="train holds another run .settings.method_options is 'layers=0', now 'layers=1'"):
+        run(settings(evaluate_suites="", train_method="freeze", train_method_options="layers=1"), quiet)
+
+
 @pytest.fixture(scope="module")
 def whole(given, tmp_path_factory: pytest.TempPathFactory):
     return run(RunSettings(**given, out=str(tmp_path_factory.mktemp("whole"))), quiet)

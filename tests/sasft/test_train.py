@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import resource
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import drift
 import sasft.methods
 from sasft.chat import Chat, Encoded, collate
 from sasft.data import read_rows
+from sasft.dryrun import of_training
 from sasft.errors import UsageError
 from sasft.methods import Costs, response_loss
 from sasft.mixing import SELF, TASK, Plan, make_plan, mix
@@ -292,8 +294,10 @@ def test_rows_longer_than_the_models_positions_are_refused_by_name(folder: Path)
     GPT2LMHeadModel(config).save_pretrained(folder / "model")
     with (folder / "self.jsonl").open("a") as file:
         file.write(json.dumps({"prompt": "Why?", "response": "so " * 20}) + "\n")
-    with pytest.raises(UsageError, match=r"1 of \d+ rows of self have more tokens than the 70 that the model takes \(the longest 1\d\d\)"):
+    with pytest.raises(UsageError, match=r"1 of \d+ rows of self have more tokens than the 70 that the model takes \(the longest 1\d\d\)") as refused:
         train(settings(folder))
+    with pytest.raises(UsageError, match=re.escape(str(refused.value))):
+        of_training(settings(folder))
     assert train(settings(folder, max_tokens=70, too_long="truncate", record_every=0))["loss"]  # the last position is used
     data = {TASK: encoded(answer="so " * 20)}
     with pytest.raises(UsageError, match=r"8 of 8 rows of task have more tokens than the 70 .*; set max_tokens to 70 \(of a mix, when it is mixed\)"):
