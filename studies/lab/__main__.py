@@ -43,7 +43,7 @@ PROFILES = {"quick": Profile(setup=Setup(seeds=3), quick=True, repeats=500, slow
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the lab from the command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m studies.lab", description=__doc__.split("\n")[0])
-    parser.add_argument("--profile", choices=PROFILES, default="quick", help="quick: 3 seeds, 3 minutes; full: 12 seeds and all sweeps")
+    parser.add_argument("--profile", choices=PROFILES, default="quick", help="quick: 3 seeds, 3 minutes; full: 12 seeds and all sweeps, 20 minutes (on 2 cores)")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where finished parts are kept (default: runs)")
     parser.add_argument("--figures", type=Path, help="where figures go (default: figures; of the quick profile lab/figures in --runs, so that they don't "
                                                      "take the place of the full one's)")
