@@ -1,11 +1,10 @@
 """The recorded numbers: one long table in Parquet, and a JSON file that says how it came about."""
 
 import json
-import math
 import os
 import platform
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -72,7 +71,7 @@ class Table:
         if not self._parts():
             return {}
         before = load(self.out).meta
-        now = json.loads(json.dumps(_finite({"run": self.run, **now}), default=str))
+        now = as_json({"run": self.run, **now}, default=str)
         differing = [f"{key} is {before.get(key)!r}, now {now[key]!r}" for key in now if key in before and not _same(before[key], now[key])]
         if differing:
             raise ValueError(f"out {self.out} holds the recordings of another run ({'; '.join(differing)}); choose another folder")
@@ -196,20 +195,16 @@ def write_meta(out: Path, meta: Mapping[str, Any]) -> None:
     packages = [p for p in ("torch", "numpy", "pyarrow", "safetensors", "transformers", "peft", "trl") if p in sys.modules]
     content = {"python": platform.python_version(), "versions": {p: _version(p) for p in packages}, **meta}
     with written_whole(out / "drift" / "meta.json") as temporary:
-        temporary.write_text(json.dumps(_finite(content), indent=1, default=str) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(as_json(content, default=str), indent=1) + "\n", encoding="utf-8")
 
 
-def _finite(content: Any) -> Any:
-    """The same with None for numbers that JSON doesn't know.
+def as_json(data: Any, default: Callable[[Any], Any] | None = None) -> Any:
+    """The data as they are when JSON is read back: tuples are lists, keys texts, and numbers that are not finite, which JSON lacks, None.
 
-    >>> _finite({"a": [1.5, float("nan")]})
-    {'a': [1.5, None]}
+    >>> as_json({"drift": (0.5, float("nan")), 3: float("inf")})
+    {'drift': [0.5, None], '3': None}
     """
-    if isinstance(content, Mapping):
-        return {key: _finite(value) for key, value in content.items()}
-    if isinstance(content, list | tuple):
-        return [_finite(value) for value in content]
-    return None if isinstance(content, float) and not math.isfinite(content) else content
+    return json.loads(json.dumps(data, default=default), parse_constant=lambda name: None)
 
 
 @contextmanager

@@ -35,7 +35,7 @@ from sasft.settings import option
 from sasft.sweep import SweepSettings, sweep
 from sasft.sweep_dryrun import of_sweep
 from sasft.talk import TalkSettings, talk
-from sasft.terminal import has_colour, legend, show_row
+from sasft.terminal import exit_code, has_colour, legend, show_row
 from sasft.train import TrainSettings, train
 
 DRY_RUNS = {**dryrun.DRY_RUNS, "sweep": of_sweep}
@@ -228,25 +228,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if asked else 2
     name, command = argv[0], COMMANDS[argv[0]]
     teach = "examples:\n" + command.examples + (f"\n\n{command.notes}" if command.notes else "")
-    try:
+
+    def work() -> None:
         settings, dry = parse(command.settings, argv[1:], prog=f"sasft {name}", teach=teach, dry_run=name in DRY_RUNS,
                               elsewhere=_owners(name))
         first = join()
         if not first and (dry or not command.together):
-            return 0
+            return
         with warnings.catch_warnings(), redirect_stdout(sys.stdout if first else io.StringIO()):
             warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
             if dry:
                 print(f"{DRY_RUNS[name](settings).text}\nnothing was done: leave out --dry_run to do it")
             else:
                 command.run(settings)
-    except (UsageError, OSError) as error:  # a full disk, say, wherever it is met
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped; what was written stays, and the same command goes on from there", file=sys.stderr)
-        return 130
-    return 0
+
+    return exit_code(work, stopped="what was written stays, and the same command goes on from there")
 
 
 def _owners(name: str) -> dict[str, str]:

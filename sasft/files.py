@@ -14,7 +14,7 @@ from typing import Any, Self
 
 from safetensors import SafetensorError
 
-from drift.table import written_whole
+from drift.table import as_json, written_whole
 from sasft.errors import UsageError
 
 logger = logging.getLogger(__name__)
@@ -109,15 +109,6 @@ def saving(what: str, folder: Path) -> Iterator[None]:
         free = shutil.disk_usage(folder.parent).free / 2**20
         raise UsageError(f"{what} can't be written to {folder} ({str(error).splitlines()[0]}), where {free:,.0f} MiB are free now; make room, "
                          "and the same command goes on") from error
-
-
-def as_json(data: Any) -> Any:
-    """The data as they are when JSON is read back: tuples are lists, keys texts, and numbers that are not finite, which JSON lacks, None.
-
-    >>> as_json({"drift": (0.5, float("nan")), 3: float("inf")})
-    {'drift': [0.5, None], '3': None}
-    """
-    return json.loads(json.dumps(data), parse_constant=lambda name: None)
 
 
 def write_json(path: Path | str, data: Any) -> None:

@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from drift.table import as_json
 from sasft.errors import UsageError
-from sasft.files import as_json, write_json
+from sasft.files import write_json
 
 
 def claim(path: Path, identity: Mapping[str, Any], beside: Mapping[str, Any] | None = None) -> None:

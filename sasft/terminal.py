@@ -2,11 +2,12 @@
 
 import os
 import sys
-from collections.abc import Sequence
-from typing import TextIO
+from collections.abc import Callable, Sequence
+from typing import Any, TextIO
 
 from sasft.chat import Chat, Encoded
 from sasft.data import Row
+from sasft.errors import UsageError
 
 _HUES = {32: "green", 36: "cyan", 35: "magenta", 33: "yellow", 34: "blue", 31: "red"}
 
@@ -80,3 +81,16 @@ def duration(seconds: float) -> str:
         if seconds >= size:
             return f"{seconds / size:.1f} {unit}"
     return f"{seconds:.1f} seconds"
+
+
+def exit_code(work: Callable[[], Any], stopped: str = "the same command goes on from here") -> int:
+    """Do the work of a command; 0, or what to end with where it was refused (2) or stopped (130), said on standard error."""
+    try:
+        work()
+    except (UsageError, OSError) as error:  # a full disk, say, wherever it is met
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\nstopped; {stopped}", file=sys.stderr)
+        return 130
+    return 0

@@ -51,3 +51,8 @@ def save(figure: Figure, folder: Path, name: str, rows: Sequence[Mapping[str, An
 def error_bars(effects: Sequence[Effect]) -> np.ndarray:
     """[2, n] distances below and above each value, as matplotlib wants them."""
     return np.array([[max(e.value - e.low, 0) for e in effects], [max(e.high - e.value, 0) for e in effects]])
+
+
+def effect_row(effect: Effect, **where: Any) -> dict[str, Any]:
+    """An effect as a row of a figure's table, after what says which one it is."""
+    return {**where, "value": effect.value, "low": effect.low, "high": effect.high}

@@ -11,8 +11,6 @@ as they are and add a few per cent of error to them. Intervals resample rows: St
 """
 
 import argparse
-import hashlib
-import json
 import math
 import sys
 import time
@@ -22,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from scipy.special import stdtrit
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import drift
@@ -37,11 +36,13 @@ from sasft.restyle import restyle
 from sasft.sampling import EXACT, PAPER
 from sasft.selfdialogue import Writer, write_dialogues
 from sasft.tasks import get_task
+from sasft.terminal import exit_code
 from sasft.versions import versions
 from studies.cells import ONE_SENTENCE, shuffled
 from studies.figures import DARK, LIGHT, MIDDLE, error_bars, new_figure, save
 from studies.forces_predictions import PREDICTIONS
-from studies.stats import LEVEL, Effect, verdict
+from studies.lab.units import kept
+from studies.stats import LEVEL, Effect, short_hash, verdict
 
 TASK = "task (worked sums)"
 EXACT_SELF, PAPER_SELF = "self-dialogues, exact sampler", "self-dialogues, the paper's sampler"
@@ -70,15 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where data and sketches are kept (default: runs)")
     parser.add_argument("--figures", type=Path, default=Path("figures"), help="where figures go (default: figures)")
     args = parser.parse_args(argv)
-    try:
-        run(Settings(model=args.model, rows=args.rows), args.runs / "forces", args.figures)
-    except (UsageError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from here", file=sys.stderr)
-        return 130
-    return 0
+    return exit_code(lambda: run(Settings(model=args.model, rows=args.rows), args.runs / "forces", args.figures))
 
 
 def run(settings: Settings, home: Path, figures: Path) -> None:
@@ -91,10 +84,11 @@ def run(settings: Settings, home: Path, figures: Path) -> None:
     weights, chat = weights_hash(model), Chat(tokenizer)
     writer = Writer(model=model, chat=chat, sampler=EXACT, provenance={"model": settings.model, "weights_sha256": weights})
     identity = {"settings": vars(settings), "weights_sha256": weights, **writer.identity()}
-    folder = home / hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+    folder = home / short_hash(identity)
     ensure_writable(folder)
     sources = build(writer, settings, folder)
-    values = {name: _kept(folder / f"sketch{k}.npy", model, rows, chat.pad_id, settings, name) for k, (name, rows) in enumerate(sources.items())}
+    values = {name: kept(folder / f"sketch{k}.pt", lambda name=name, rows=rows: sketches(model, rows, chat.pad_id, settings, name)).numpy()
+              for k, (name, rows) in enumerate(sources.items())}
     table = measure(values)
     provenance = {**identity, "loss_tokens_a_row": {name: float(np.mean([r.loss_tokens for r in rows])) for name, rows in sources.items()},
                   "versions": versions()}
@@ -124,22 +118,14 @@ def build(writer: Writer, settings: Settings, folder: Path) -> dict[str, list[En
     }
 
 
-def sketches(model: nn.Module, rows: Sequence[Encoded], pad_id: int, settings: Settings, what: str) -> NDArray[np.float32]:
-    """Sketches [R, K] of the rows' gradients, a batch at a time."""
+def sketches(model: nn.Module, rows: Sequence[Encoded], pad_id: int, settings: Settings, what: str) -> Tensor:
+    """Sketches [R, K] of the rows' gradients in float32, a batch at a time."""
     sketch, found = drift.Sketch(settings.sketch, settings.sketch), []
     starts = range(0, len(rows), settings.batch_size)
     for start in tqdm(starts, desc=f"gradients of {what}", unit="batch", dynamic_ncols=True):
         batch = collate(rows[start : start + settings.batch_size], pad_id)
         found.append(sketch.gradients(model, batch).values.astype(np.float32))
-    return np.concatenate(found)
-
-
-def _kept(path: Path, model: nn.Module, rows: Sequence[Encoded], pad_id: int, settings: Settings, what: str) -> NDArray[np.float32]:
-    if not path.exists():
-        part = path.with_suffix(".part.npy")
-        np.save(part, sketches(model, rows, pad_id, settings, what))
-        part.replace(path)
-    return np.load(path)
+    return torch.from_numpy(np.concatenate(found))
 
 
 def measure(values: Mapping[str, NDArray[np.float32]]) -> dict[str, dict[str, Any]]:

@@ -194,3 +194,8 @@ def config_hash(provenance: Mapping[str, Any]) -> str:
     # By way of JSON, so that tuples, keys that are numbers and numbers that are not finite hash as they do when read back.
     plain = json.loads(json.dumps({k: v for k, v in provenance.items() if k != "versions"}), parse_constant=lambda name: None)
     return hashlib.sha256(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def short_hash(*identity: Any) -> str:
+    """Twelve digits that tell apart what is kept on disk, by all that it hangs on."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]

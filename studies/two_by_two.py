@@ -23,14 +23,11 @@ prose as answers in a chat, which favours neither. The NLL of human prose outsid
 """
 
 import argparse
-import hashlib
-import json
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -41,11 +38,13 @@ from sasft.models import load_model, weights_hash
 from sasft.restyle import STYLES
 from sasft.sampling import EXACT
 from sasft.selfdialogue import Writer
+from sasft.terminal import exit_code
 from sasft.trainer import FitSettings
 from sasft.versions import versions
 from studies import arms as runs
 from studies import cells
 from studies.arms import Arm, TrainingSettings
+from studies.stats import short_hash
 from studies.two_by_two_report import Outcome, report
 
 
@@ -106,15 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     profile = PROFILES[args.profile]
     if args.model:
         profile = replace(profile, model=args.model)
-    try:
-        run(profile, args.runs, args.figures, args.workers)
-    except (UsageError, OSError) as error:  # a full disk, say, wherever it is met
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from here", file=sys.stderr)
-        return 130
-    return 0
+    return exit_code(lambda: run(profile, args.runs, args.figures, args.workers))
 
 
 def run(profile: Profile, runs_folder: Path, figures_folder: Path, workers: int) -> None:
@@ -132,11 +123,11 @@ def run(profile: Profile, runs_folder: Path, figures_folder: Path, workers: int)
     writer = Writer(model=model, chat=chat, sampler=EXACT, batch_size=profile.batch_size,
                     precision=profile.training.fit.precision, provenance={"model": profile.model, "weights_sha256": weights})
     # Data have a folder of their own: other training settings find them ready.
-    data = cells.build(writer, profile.data, home / f"data-{_key(weights, asdict(profile.data), writer.identity(), attention)}")
+    data = cells.build(writer, profile.data, home / f"data-{short_hash(weights, asdict(profile.data), writer.identity(), attention)}")
     del model, writer
     runs.give_back_memory()
     identity = {"profile": asdict(profile), "weights_sha256": weights, "data_sha256": cells.digest(data)}
-    folder = home / f"runs-{_key(identity)}"
+    folder = home / f"runs-{short_hash(identity)}"
     provenance = {**identity, "facts": data.facts, "versions": versions()}
     ensure_writable(folder)
     write_json(folder / "provenance.json", provenance)
@@ -151,10 +142,6 @@ def run(profile: Profile, runs_folder: Path, figures_folder: Path, workers: int)
                       seeds=profile.training.seeds, probes=profile.probes, folder=folder, provenance=provenance)
     report(outcome, figures_folder)
     print(f"\n{time.monotonic() - began:.0f} s")
-
-
-def _key(*identity: Any) -> str:
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
 
 
 if __name__ == "__main__":

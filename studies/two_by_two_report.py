@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 import drift
 from studies.arms import scores
-from studies.figures import DARK, LIGHT, MARKERS, MIDDLE, error_bars, new_figure, save
+from studies.figures import DARK, LIGHT, MARKERS, MIDDLE, effect_row, error_bars, new_figure, save
 from studies.stats import Effect, Scores, factorial, mean_over_seeds, over_seeds_and_items, verdict
 from studies.two_by_two_predictions import KL_PROBES, MEAN, PREDICTIONS, RIVALS, SAMPLERS, SESOI_SHARE, prediction_id
 
@@ -212,10 +212,10 @@ def draw_depth(outcome: Outcome, table: Sequence[Mapping[str, Any]], folder: Pat
     def at(name: str, step: int, layer: int) -> NDArray[np.float64]:
         return np.array([value[name, seed, step, layer] for seed in range(outcome.seeds)])
 
-    drawn = [{"quantity": name, "step": step, "layer": layer, **_plain(mean_over_seeds(at(name, step, layer)))}
+    drawn = [effect_row(mean_over_seeds(at(name, step, layer)), quantity=name, step=step, layer=layer)
              for name in names for step in steps for layer in layers]
     ratios = [mean_over_seeds(at(names[1], steps[-1], layer) / at(names[0], steps[-1], layer)) for layer in layers]
-    drawn += [{"quantity": f"{names[1]} / {names[0]}", "step": steps[-1], "layer": layer, **_plain(e)} for layer, e in zip(layers, ratios, strict=True)]
+    drawn += [effect_row(e, quantity=f"{names[1]} / {names[0]}", step=steps[-1], layer=layer) for layer, e in zip(layers, ratios, strict=True)]
 
     figure, (left, right) = new_figure(8.0, 3.9, 2, sharey=True)
     for k, (name, colour) in enumerate(zip(names, (DARK, MIDDLE), strict=True)):
@@ -241,10 +241,6 @@ def draw_depth(outcome: Outcome, table: Sequence[Mapping[str, Any]], folder: Pat
                   for r in recorded[names[1], 0]
                   if r["metric"] == "align/cos" and r["layer"] is None and r["step"] == step]
     return save(figure, folder, "two_by_two_depth", drawn, notes, outcome.provenance), []
-
-
-def _plain(effect: Effect) -> dict[str, float]:
-    return {"value": effect.value, "low": effect.low, "high": effect.high}
 
 
 def print_report(table: Sequence[Mapping[str, Any]], verdicts: Sequence[Mapping[str, Any]]) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from sasft.errors import UsageError
 from sasft.files import ensure_writable
+from sasft.terminal import exit_code
 from sasft.versions import versions
 from studies.claims import registered
 from studies.lab import figures
@@ -49,16 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                                                      "take the place of the full one's)")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes side by side (default: one a core)")
     args = parser.parse_args(argv)
-    try:
-        folder = args.figures or (args.runs / "lab" / "figures" if args.profile == "quick" else Path("figures"))
-        run(PROFILES[args.profile], args.runs, folder, args.workers)
-    except (UsageError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from here", file=sys.stderr)
-        return 130
-    return 0
+    folder = args.figures or (args.runs / "lab" / "figures" if args.profile == "quick" else Path("figures"))
+    return exit_code(lambda: run(PROFILES[args.profile], args.runs, folder, args.workers))
 
 
 def run(profile: Profile, runs: Path, folder: Path, workers: int) -> None:

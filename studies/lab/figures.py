@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from studies.figures import DARK, LIGHT, MARKERS, MIDDLE, error_bars, new_figure, save
+from studies.figures import DARK, LIGHT, MARKERS, MIDDLE, effect_row, error_bars, new_figure, save
 from studies.lab.effects import ACCOUNTS, Race, Rows, at_equal_gain, column
 from studies.lab.experiment import DISTANCES, LAMBDAS, TASK_ONLY
 from studies.lab.sweeps import SA_SFT
@@ -37,10 +37,6 @@ def _drawn(draw: Draw, tables: Mapping[str, Rows], shown: Sequence[Mapping[str, 
     return draw(tables, n, lambda figure, name, rows: save(figure, folder, name, rows, shown, provenance))
 
 
-def _row(effect: Effect, **where: Any) -> dict[str, Any]:
-    return {**where, "value": effect.value, "low": effect.low, "high": effect.high}
-
-
 def draw_forces(tables: Mapping[str, Rows], n: int, keep: Save) -> list[Path]:
     """C1: forces at θ₀."""
     names = list(dict.fromkeys(row["source"] for row in tables["forces"]))
@@ -60,7 +56,7 @@ def draw_forces(tables: Mapping[str, Rows], n: int, keep: Save) -> list[Path]:
     axis.set_xlabel("‖expected gradient at θ₀‖, as a share of the task's (log scale)")
     axis.grid(axis="y", color="0.9")
     axis.set_title("Force at θ₀ of every kind of data", loc="left")
-    return keep(figure, "lab_forces", [_row(found[k], source=names[k]) for k in order])
+    return keep(figure, "lab_forces", [effect_row(found[k], source=names[k]) for k in order])
 
 
 def draw_cells(tables: Mapping[str, Rows], n: int, keep: Save) -> list[Path]:
@@ -78,7 +74,7 @@ def draw_cells(tables: Mapping[str, Rows], n: int, keep: Save) -> list[Path]:
         axis.set_xticks(range(4), labels, fontsize=7.5)
         axis.set_ylabel(f"forgetting on the other topics ({unit})")
         axis.set_title(title, loc="left", fontsize=9)
-        rows += [_row(e, cell=arm, metric=metric, unit=unit) for arm, e in zip(CELLS, found, strict=True)]
+        rows += [effect_row(e, cell=arm, metric=metric, unit=unit) for arm, e in zip(CELLS, found, strict=True)]
     return keep(figure, "lab_cells", rows)
 
 
@@ -96,10 +92,10 @@ def draw_shared(tables: Mapping[str, Rows], n: int, keep: Save) -> list[Path]:
             axis.plot(place + np.linspace(-0.07, 0.07, n), column(start, f"{name}_{kind}", n), linestyle="none", marker=".", markersize=4, color="0.6")
         axis.errorbar(places, [e.value for e in found], yerr=error_bars(found), fmt=marker, color=colour, markeredgecolor="black", ecolor="black",
                       capsize=3, linewidth=1, label=f"effects of {kind} on the gradient")
-        rows += [_row(e, quantity=name, of=kind) for e, (name, _) in zip(found, quantities, strict=True)]
+        rows += [effect_row(e, quantity=name, of=kind) for e, (name, _) in zip(found, quantities, strict=True)]
         null = mean_over_seeds(column(start, f"shared_null_{kind}", n))
         axis.plot([places[-1] - 0.12, places[-1] + 0.12], [null.value] * 2, color="black", linestyle=":")
-        rows.append(_row(null, quantity="shared, permuted", of=kind))
+        rows.append(effect_row(null, quantity="shared, permuted", of=kind))
         rows.append({"quantity": "shared, largest p", "of": kind, "value": column(start, f"shared_p_{kind}", n).max(), "low": "", "high": ""})
     axis.plot([], [], color="black", linestyle=":", label="mean cos² if pairs of effects are permuted")
     axis.axhline(0, color="black", linewidth=0.6)
@@ -129,7 +125,7 @@ def draw_push(tables: Mapping[str, Rows], n: int, keep: Save) -> list[Path]:
             found = [mean_over_seeds(column(tables["push"], name, n, course=course, step=step)) for step in steps]
             right.errorbar(steps, [e.value for e in found], yerr=error_bars(found), color=colour, linestyle=style, marker=MARKERS[k], markersize=4,
                            capsize=2, linewidth=1, label=f"{label}, {course.removesuffix(' 0.5')}")
-            rows += [{"panel": "course", "course": course, "step": step, "quantity": name, **_row(e)} for step, e in zip(steps, found, strict=True)]
+            rows += [{"panel": "course", "course": course, "step": step, "quantity": name, **effect_row(e)} for step, e in zip(steps, found, strict=True)]
     right.axhline(0, color="black", linewidth=0.6)
     right.set_xscale("log")
     right.set_xlabel("step of gradient descent (log scale)")
@@ -191,7 +187,7 @@ def draw_race(tables: Mapping[str, Rows], n: int, keep: Save) -> list[Path]:
         effects = [found[outcome, name] for name in names]
         axis.errorbar([e.value for e in effects], [order.index(name) + (k - 0.5) * 0.28 for name in names], xerr=error_bars(effects), fmt=MARKERS[k],
                       color=colour, markeredgecolor="black", ecolor="black", capsize=2, linewidth=0.9, label=f"forgetting as {label}")
-        rows += [_row(e, outcome=outcome, account=ACCOUNTS[name]) for name, e in zip(names, effects, strict=True)]
+        rows += [effect_row(e, outcome=outcome, account=ACCOUNTS[name]) for name, e in zip(names, effects, strict=True)]
     axis.set_yticks(range(len(order)), [ACCOUNTS[name] for name in order])
     axis.invert_yaxis()
     axis.axvline(0, color="black", linewidth=0.6)
@@ -245,7 +241,7 @@ def _ends(tables: Mapping[str, Rows], n: int, keep: Save, name: str, title: str,
             axis.plot(values, place + np.linspace(-0.2, 0.2, n), linestyle="none", marker=".", markersize=4, color="0.6")
             axis.errorbar(effect.value, place, xerr=error_bars([effect]), fmt="o", markersize=5.5, color=MIDDLE, markeredgecolor="black", ecolor="black",
                           capsize=3, linewidth=1)
-            rows.append(_row(effect, arm=arm, metric=metric))
+            rows.append(effect_row(effect, arm=arm, metric=metric))
         axis.set_xlabel(label)
         axis.grid(axis="y", color="0.9")
     axes[0][0].set_yticks(range(len(arms)), list(arms.values()))
@@ -289,7 +285,7 @@ def draw_phase(tables: Mapping[str, Rows], n: int, keep: Save) -> list[Path]:
                 values = at_equal_gain(some, metric, n, SA_SFT)
                 effect = mean_over_seeds(values[np.isfinite(values)]) if np.isfinite(values).any() else Effect(np.nan, np.nan, np.nan)
                 grid[i, j] = effect.value
-                rows.append(_row(effect, metric=metric, unit=unit, coupling=coupling, width=width, seeds=int(np.isfinite(values).sum())))
+                rows.append(effect_row(effect, metric=metric, unit=unit, coupling=coupling, width=width, seeds=int(np.isfinite(values).sum())))
         top = np.nanmax(np.abs(grid))
         image = axis.imshow(grid, origin="lower", aspect="auto", cmap="Greys", vmin=min(0.0, np.nanmin(grid)), vmax=top)
         for row in rows[-grid.size:]:
@@ -319,7 +315,7 @@ def draw_limits(tables: Mapping[str, Rows], n: int, keep: Save) -> list[Path]:
         for arm, colour, marker in ((TASK_ONLY, DARK, "o"), (SA_SFT, MIDDLE, "s")):
             found = [mean_over_seeds(column(some, metric, n, arm=arm, step=last)) for some in where]
             gains = [mean_over_seeds(column(some, "gain", n, arm=arm, step=last)).value for some in where]
-            rows += [{**_row(e, varied=name, setting=value, quantity=arm, metric=metric, unit=unit), "gain": gain, "seeds": n}
+            rows += [{**effect_row(e, varied=name, setting=value, quantity=arm, metric=metric, unit=unit), "gain": gain, "seeds": n}
                      for (name, value), e, gain in zip(conditions, found, gains, strict=True)]
             if metric == "kl":
                 axes[0].errorbar([e.value for e in found], range(len(found)), xerr=error_bars(found), fmt=marker, color=colour, markeredgecolor="black",
@@ -327,7 +323,7 @@ def draw_limits(tables: Mapping[str, Rows], n: int, keep: Save) -> list[Path]:
         saved = [at_equal_gain(some, metric, n, SA_SFT) for some in where]
         met = [values[np.isfinite(values)] for values in saved]  # some seeds never gain as much
         found = [mean_over_seeds(values) if len(values) else Effect(np.nan, np.nan, np.nan) for values in met]
-        rows += [{**_row(e, varied=name, setting=value, quantity="saved at equal gain", metric=metric, unit=unit), "gain": "", "seeds": len(values)}
+        rows += [{**effect_row(e, varied=name, setting=value, quantity="saved at equal gain", metric=metric, unit=unit), "gain": "", "seeds": len(values)}
                  for (name, value), e, values in zip(conditions, found, met, strict=True)]
         if metric == "kl":
             axes[1].errorbar([e.value for e in found], range(len(found)), xerr=error_bars(found), fmt="D", color=LIGHT, markeredgecolor="black",

@@ -1,11 +1,8 @@
 """The lab's tables, made in units of work side by side."""
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, cat
 
@@ -14,6 +11,7 @@ from studies.lab import calibration, courses, sampled, sweeps
 from studies.lab.courses import Rows
 from studies.lab.experiment import Bases, Setup, main_arms, train
 from studies.lab.units import Unit, kept, work
+from studies.stats import short_hash
 
 
 def make(setup: Setup, folder: Path, workers: int, *, quick: bool, repeats: Mapping[str, int]) -> dict[str, Rows]:
@@ -21,13 +19,13 @@ def make(setup: Setup, folder: Path, workers: int, *, quick: bool, repeats: Mapp
 
     ``repeats``: of each group of estimators (:data:`studies.lab.calibration.GROUPS`).
     """
-    home = folder / _key(asdict(setup), _code("tree", "world", "model", "walk", "exact", "descent", "experiment", "start", "courses", "sweeps"))
+    home = folder / short_hash(asdict(setup), _code("tree", "world", "model", "walk", "exact", "descent", "experiment", "start", "courses", "sweeps"))
     ensure_writable(home)
     conditions, seeds = list(sweeps.sweeps(setup, quick=quick)), range(setup.seeds)
     # Training first, since the parts of a seed read its weights; what takes a few seconds last, so that no worker waits long for another.
     kinds: dict[str, list[Unit]] = {
         "weights": [Unit(_weights_of(i), _trained, (home, setup, i)) for i in range(len(main_arms()))],
-        "sweeps": [Unit(f"sweep-{_key(asdict(c.setup), c.name, c.value)}.json", _sweep, (home, setup, quick, i)) for i, c in enumerate(conditions)],
+        "sweeps": [Unit(f"sweep-{short_hash(asdict(c.setup), c.name, c.value)}.json", _sweep, (home, setup, quick, i)) for i, c in enumerate(conditions)],
         "sampled": [Unit(f"sampled{s}-{_code('drawing', 'sampled')}.json", _sampled, (home, setup, s)) for s in seeds],
         "of a seed": [Unit(f"seed{s}.json", _seed, (home, setup, s)) for s in seeds],
         "arms": [Unit("arms.json", _arms, (home, setup))],
@@ -43,20 +41,16 @@ def make(setup: Setup, folder: Path, workers: int, *, quick: bool, repeats: Mapp
     return tables
 
 
-def _key(*identity: Any) -> str:
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
-
-
 def _code(*stems: str) -> str:
     """Hash of the source that makes the tables: those that other code has made are not used."""
-    return _key(*((Path(__file__).parent / f"{stem}.py").read_text(encoding="utf-8") for stem in stems))
+    return short_hash(*((Path(__file__).parent / f"{stem}.py").read_text(encoding="utf-8") for stem in stems))
 
 
 # --- units of work, each in a process of its own ---------------------------------------------------------------------------
 
 
 def _bases(home: Path, setup: Setup) -> Bases:
-    params = kept(home / f"bases-{_key(asdict(setup.pretraining))}.pt", lambda: dict(Bases.make(setup).params))
+    params = kept(home / f"bases-{short_hash(asdict(setup.pretraining))}.pt", lambda: dict(Bases.make(setup).params))
     return Bases.of(setup, params)
 
 
